@@ -1,0 +1,5 @@
+"""``python -m citadel_gateway`` is ``citadel-gateway``."""
+
+from citadel_gateway.cli import main
+
+main()

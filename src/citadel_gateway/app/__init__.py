@@ -1,0 +1,1 @@
+"""The gateway itself, assembled from policies and adapters."""

@@ -1,0 +1,69 @@
+"""The ASGI application: inference goes straight to the relay, everything else to Quart."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+
+from citadel_gateway.app.cors import Cors
+from citadel_gateway.app.relay import ROUTES, Receive, Relay, Send
+from citadel_gateway.errors import GatewayError
+from citadel_gateway.wire.headers import Headers, first, request_id
+
+_SECURITY: Headers = [(b"x-content-type-options", b"nosniff")]
+
+
+@attrs.define(eq=False)
+class Front:
+    """Dispatches by path, answers CORS preflights, and gives every answer a request id."""
+
+    relay: Relay
+    quart: Callable[..., Awaitable[None]]
+    cors: Cors
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"cannot serve {scope['type']!r}")
+        headers: Headers = scope["headers"]
+        method = scope["method"]
+        if method == "OPTIONS" and first(headers, b"access-control-request-method"):
+            await _respond(send, 204, self.cors.preflight(headers))
+        elif scope["path"] not in ROUTES:
+            await self.quart(scope, receive, self._decorate(scope, send))
+        elif method == "POST":
+            await self.relay(scope, receive, send, self.cors.headers(headers))
+        else:
+            error = GatewayError(
+                f"{method} is not allowed at {scope['path']}.",
+                405, "invalid_request_error", "method_not_allowed",
+                headers=((b"allow", b"POST"), (b"content-type", b"application/json")),
+            )  # fmt: skip
+            send = self._decorate(scope, send)
+            await _respond(send, 405, list(error.headers), error.body())
+
+    def _decorate(self, scope: dict[str, Any], send: Send) -> Send:
+        extra = [
+            (b"x-request-id", request_id(scope["headers"]).encode("ascii")),
+            *_SECURITY,
+            *self.cors.headers(scope["headers"]),
+        ]
+
+        async def decorated(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        return decorated
+
+
+async def _respond(send: Send, status: int, headers: Headers, body: bytes = b"") -> None:
+    if body:
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,297 @@
+"""The centre of the gateway: a request finds a place, is sent, and if need be goes elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import attrs
+import trio
+
+from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
+from citadel_gateway.config.schema import LoadBalancerConfig, TimeoutsConfig
+from citadel_gateway.config.values import RetryAmbiguous
+from citadel_gateway.errors import no_healthy_backend, queue_full, queue_timeout
+from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.metrics import Metrics
+from citadel_gateway.io.record import Phase, RequestRecord
+from citadel_gateway.io.upstream import (
+    Call,
+    Sink,
+    Timing,
+    UpstreamClient,
+    UpstreamFailure,
+    WholeAnswer,
+)
+from citadel_gateway.policy.circuit_breaker import Verdict
+from citadel_gateway.policy.endpoint import Endpoint, Slot
+from citadel_gateway.policy.retry import Retry, RetryBudget
+from citadel_gateway.policy.waitroom import Full, Nobody, Ticket
+from citadel_gateway.wire.headers import Headers
+from citadel_gateway.wire.openai_answer import StreamReader
+from citadel_gateway.wire.openai_request import InferenceRequest
+
+_CONNECT = 2.0
+_IDLE = 20.0
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """A request on its way through the gateway.
+
+    :param deadline: in Trio's time; a whole answer or a first token is due by then.
+    :param allowed: the same in seconds from its arrival, for messages.
+    :param shortened: the client asked for that deadline by header.
+    """
+
+    request: InferenceRequest
+    plan: Plan
+    record: RequestRecord
+    tracing: Headers
+    deadline: float
+    allowed: float
+    shortened: bool
+
+
+@attrs.define(eq=False)
+class GatewayOrchestrator:
+    """Takes jobs to endpoints.
+
+    Everything a job holds is on its ticket, and the ticket is given back in one ``finally``.
+
+    :param suspect: told of endpoints that could not be reached, so that they are probed at once.
+    """
+
+    balancer: LoadBalancer
+    admission: Admission
+    client: UpstreamClient
+    metrics: Metrics
+    suspect: Callable[[Endpoint], None]
+    budget: RetryBudget = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        balancing = self._balancing
+        self.budget = RetryBudget(balancing.retry_budget_ratio, balancing.retry_budget_floor)
+
+    @property
+    def _balancing(self) -> LoadBalancerConfig:
+        return self.balancer.config.load_balancer
+
+    async def answer(self, job: Job, sink: Sink) -> WholeAnswer | None:
+        """Get *job* answered: a stream goes to *sink*, a whole answer is returned.
+
+        Raises ``GatewayError`` when nobody could be asked, ``UpstreamFailure`` when the last one
+        asked failed.
+        """
+        self.budget.deposit(trio.current_time())
+        journey = _Journey(job, list(job.plan.groups))
+        ticket = journey.ticket
+        try:
+            self.admission.enter(ticket)
+        except Full:
+            wait = self.admission.waitroom.retry_after(ticket.queue)
+            raise queue_full(ticket.queue, wait) from None
+        verdict = Verdict.NO_OPINION
+        try:
+            while True:
+                upstream = await self._find_place(journey)
+                try:
+                    answer = await self._attempt(upstream, job, sink)
+                except UpstreamFailure as failure:
+                    verdict = failure.judgement.verdict
+                    self._learn(upstream, failure)
+                    if not self._may_go_on(journey, upstream, failure):
+                        raise
+                    self.admission.move(ticket, verdict)
+                    verdict = Verdict.NO_OPINION
+                else:
+                    verdict = Verdict.GOOD
+                    return answer
+        finally:
+            self.admission.leave(ticket, verdict)
+
+    async def _find_place(self, journey: _Journey) -> Upstream:
+        """Wait for a slot on an endpoint of the current group, else of the next one."""
+        ticket, record = journey.ticket, journey.job.record
+        while True:
+            await self._wait_for_slot(journey)
+            match ticket.outcome:
+                case Slot(endpoint=endpoint):
+                    record.model, record.endpoint = endpoint.model, endpoint.url
+                    return journey.group.upstreams[endpoint]
+                case Nobody(retry_after=wait) if not journey.next_group():
+                    if journey.failure is not None:
+                        raise journey.failure
+                    raise no_healthy_backend(ticket.queue, wait)
+                case _:
+                    self.admission.move(ticket, Verdict.NO_OPINION)
+
+    async def _wait_for_slot(self, journey: _Journey) -> None:
+        ticket, record = journey.ticket, journey.job.record
+        if ticket.outcome is not None:
+            return
+        began = trio.current_time()
+        record.phase = Phase.QUEUED
+        within = min(self._balancing.queue_timeout, max(0.0, journey.job.deadline - began))
+        try:
+            await self.admission.wait(ticket, within)
+        except trio.TooSlowError:
+            if journey.failure is not None:
+                raise journey.failure from None
+            wait = self.admission.waitroom.retry_after(ticket.queue)
+            raise queue_timeout(ticket.queue, within, wait) from None
+        finally:
+            record.queue_wait += trio.current_time() - began
+
+    async def _attempt(self, upstream: Upstream, job: Job, sink: Sink) -> WholeAnswer | None:
+        record, endpoint = job.record, upstream.endpoint
+        record.attempts += 1
+        model = self.balancer.models[endpoint.model].config
+        call = Call(
+            request=job.request,
+            body=job.request.body_for(
+                model.upstream_model or endpoint.model, ask_usage=upstream.asks_usage
+            ),
+            request_id=record.request_id,
+            tracing=job.tracing,
+        )
+        timing = self._timing(job, model.timeouts)
+        began, result = trio.current_time(), "cancelled"
+        try:
+            if job.request.stream:
+                await self._relay(upstream, call, timing, record, sink)
+                answer = None
+            else:
+                answer = await self.client.ask(upstream.target, call, timing, record)
+                record.prompt_tokens = answer.usage.prompt_tokens
+                record.completion_tokens = answer.usage.completion_tokens
+            result = "ok"
+        except UpstreamFailure as failure:
+            result = failure.error.code
+            raise
+        finally:
+            self.metrics.attempted(endpoint, result)
+        now = trio.current_time()
+        endpoint.latency.observe((record.committed or now) - began, now)
+        return answer
+
+    async def _relay(
+        self, upstream: Upstream, call: Call, timing: Timing, record: RequestRecord, sink: Sink
+    ) -> None:
+        reader = StreamReader()
+        try:
+            await self.client.relay(upstream.target, call, timing, record, sink, reader)
+        finally:
+            usage = reader.final_usage()
+            record.prompt_tokens = usage.prompt_tokens
+            record.completion_tokens = usage.completion_tokens
+            if reader.malformed:
+                self.metrics.malformed(upstream.endpoint.model, reader.malformed)
+
+    def _learn(self, upstream: Upstream, failure: UpstreamFailure) -> None:
+        now = trio.current_time()
+        if failure.cool_down is not None:
+            upstream.endpoint.cool_down(failure.cool_down, now)
+        if failure.error.code in {"upstream_connection_error", "timeout_connect"}:
+            self.suspect(upstream.endpoint)
+
+    def _may_go_on(self, journey: _Journey, upstream: Upstream, failure: UpstreamFailure) -> bool:
+        """Whether to ask somebody else after *failure*; if so, the journey is set on its way."""
+        job, now = journey.job, trio.current_time()
+        if failure.committed or now >= job.deadline:
+            return False
+        if job.record.attempts >= self._balancing.max_attempts:
+            return False
+        journey.failure = failure
+        if _refuses_usage(upstream, job.request, failure):
+            upstream.asks_usage = False  # the same endpoint again, with what it understands
+            journey.aim()
+            return True
+        if failure.error.code == "context_length_exceeded":
+            journey.keep_only(self.balancer.larger_contexts(upstream.endpoint.model, journey.later))
+            return journey.next_group() and self.budget.withdraw(now)
+        match failure.judgement.retry:
+            case Retry.NEVER:
+                return False
+            case Retry.AMBIGUOUS if not self._may_repeat(journey, failure):
+                return False
+        journey.tried.add(upstream.endpoint)
+        journey.aim()
+        return journey.has_somewhere_to_go(now) and self.budget.withdraw(now)
+
+    def _may_repeat(self, journey: _Journey, failure: UpstreamFailure) -> bool:
+        """Whether a request that may have been executed may be sent once more."""
+        allowed = self._balancing.retry_ambiguous is RetryAmbiguous.STATELESS
+        if not allowed or failure.resent or journey.repeated or not journey.job.request.stateless:
+            return False
+        journey.repeated = True
+        return True
+
+    def _timing(self, job: Job, own: TimeoutsConfig) -> Timing:
+        shared = self.balancer.config.performance.timeouts
+        return Timing(
+            connect=own.connect or shared.connect or _CONNECT,
+            headers=own.headers or shared.headers or math.inf,
+            first_token=own.first_token or shared.first_token or math.inf,
+            idle=own.idle or shared.idle or _IDLE,
+            total=own.total or shared.total or math.inf,
+            deadline=job.deadline,
+            allowed=job.allowed,
+            shortened=job.shortened,
+        )
+
+
+@attrs.define(eq=False)
+class _Journey:
+    """How far a job has come: whom it has tried, and who is left."""
+
+    job: Job
+    groups: list[Group]
+    tried: set[Endpoint] = attrs.field(factory=set, init=False)
+    repeated: bool = attrs.field(default=False, init=False)
+    failure: UpstreamFailure | None = attrs.field(default=None, init=False)
+    group: Group = attrs.field(init=False)
+    ticket: Ticket = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.group = self.groups.pop(0)
+        name = self.group.name
+        self.ticket = Ticket(name, (name,), partial(self.group.choose, frozenset()))
+
+    @property
+    def later(self) -> tuple[Group, ...]:
+        return tuple(self.groups)
+
+    def keep_only(self, groups: tuple[Group, ...]) -> None:
+        self.groups = list(groups)
+
+    def next_group(self) -> bool:
+        """Turn to the next fallback; false if there is none."""
+        if not self.groups:
+            return False
+        self.group = self.groups.pop(0)
+        self.job.record.route_reason = f"fallback:{self.group.name}"
+        self.aim()
+        return True
+
+    def aim(self) -> None:
+        """Let the ticket ask for endpoints of the current group that were not tried."""
+        tried = frozenset(self.tried)
+        self.ticket.queue = self.group.name
+        self.ticket.group = (self.group.name, tried)
+        self.ticket.choose = partial(self.group.choose, tried)
+
+    def has_somewhere_to_go(self, now: float) -> bool:
+        return bool(self.groups) or self.group.is_any_left(self.tried, now)
+
+
+def _refuses_usage(upstream: Upstream, request: InferenceRequest, failure: UpstreamFailure) -> bool:
+    """Whether an engine refused ``stream_options``, which was our addition."""
+    return (
+        upstream.asks_usage
+        and request.stream
+        and not request.wants_usage
+        and failure.error.status in {400, 422}
+        and "stream_options" in failure.error.message
+    )

@@ -1,0 +1,216 @@
+"""What is decided about a request from its head alone, before a byte of its body is read."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+
+from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.errors import (
+    body_too_large,
+    invalid_request,
+    rate_limited,
+    unauthorized,
+)
+from citadel_gateway.policy.auth import ApiKey, KeyRing
+from citadel_gateway.policy.rate_limit import (
+    Allowance,
+    ClientBuckets,
+    Refusal,
+    TokenBucket,
+    take,
+)
+from citadel_gateway.wire.headers import Headers, duration_ms, first, values
+
+_BURST_SECONDS = 5
+_MAX_FORWARDED = 10
+
+
+class Limiter:
+    """All rate limits of the gateway: one for everybody, one for each client, one for each key."""
+
+    def __init__(self, config: GatewayConfigSchema) -> None:
+        performance = config.performance
+        self._enabled = performance.rate_limiting_enabled
+        rate = performance.rate_limit_rps
+        self._everybody = TokenBucket(rate, _burst(rate, performance.rate_limit_burst))
+        self._clients: ClientBuckets | None = None
+        if (client_rate := performance.client_rate_limit_rps) is not None:
+            burst = _burst(client_rate, performance.client_rate_limit_burst)
+            self._clients = ClientBuckets(client_rate, burst)
+        self._keys = {
+            str(key.id): TokenBucket(
+                key.rate_limit_rps, _burst(key.rate_limit_rps, key.rate_limit_burst)
+            )
+            for key in config.security.api_keys
+            if key.rate_limit_rps is not None
+        }
+
+    def take(self, client: str, key: ApiKey | None, now: float) -> Allowance | Refusal | None:
+        """Spend one request of every limit that applies to *client*; ``None`` if none does."""
+        if not self._enabled:
+            return None
+        buckets = [("global", self._everybody)]
+        if key is not None and key.id in self._keys:
+            buckets.append(("key", self._keys[key.id]))
+        elif self._clients is not None:
+            who = f"key:{key.id}" if key is not None else client
+            buckets.append(("client", self._clients.of(who, now)))
+        return take(buckets, now)
+
+    def forget_full(self, now: float) -> None:
+        """Give back the memory of clients that have not been seen for a while."""
+        if self._clients is not None:
+            self._clients.forget_full(now)
+
+
+def _burst(rate: float, burst: int | None) -> float:
+    return float(burst) if burst is not None else max(1.0, math.ceil(rate * _BURST_SECONDS))
+
+
+def allowance_headers(allowance: Allowance) -> Headers:
+    """OpenAI's headers for what is left of the tightest limit."""
+    return [
+        (b"x-ratelimit-limit-requests", b"%d" % allowance.limit),
+        (b"x-ratelimit-remaining-requests", b"%d" % allowance.remaining),
+        (b"x-ratelimit-reset-requests", duration_ms(allowance.reset).encode("ascii")),
+    ]
+
+
+@attrs.frozen
+class Visitor:
+    """Who is asking."""
+
+    client: str
+    key: ApiKey | None
+
+
+class Doorkeeper:
+    """Lets requests in: the right key, the right limits, a body that we would read.
+
+    :param on_rejected: told the name of each limit that refused a request.
+    """
+
+    def __init__(self, config: GatewayConfigSchema, on_rejected: Callable[[str], None]) -> None:
+        self._on_rejected = on_rejected
+        self._keys = KeyRing.of(
+            [
+                ApiKey(
+                    id=key.id,
+                    digest=bytes.fromhex(key.sha256),
+                    allowed_models=frozenset(key.allowed_models),
+                )
+                for key in config.security.api_keys
+            ]
+        )
+        self._proxies = [ipaddress.ip_network(n) for n in config.security.trusted_proxies]
+        self._most_bytes = config.performance.max_body_bytes
+        self._allowed = config.performance.request_timeout_seconds
+        self.limiter = Limiter(config)
+
+    def identify(self, scope: dict[str, Any]) -> Visitor:
+        """Raises ``GatewayError`` 401 when a key is needed and not shown."""
+        client = self._address(scope)
+        if not self._keys:
+            return Visitor(client, None)
+        shown = values(scope["headers"], b"authorization")
+        key = self._keys.find(shown)
+        if key is None:
+            raise unauthorized(
+                "The API key is not valid."
+                if shown
+                else "An API key is needed: send it as 'Authorization: Bearer KEY'."
+            )
+        return Visitor(client, key)
+
+    def admit(self, visitor: Visitor, now: float) -> Headers:
+        """Spend the visitor's rate limits; returns what to tell it about them.
+
+        Raises ``GatewayError`` 429.
+        """
+        result = self.limiter.take(visitor.client, visitor.key, now)
+        match result:
+            case None:
+                return []
+            case Refusal(limit=limit, retry_after=wait, allowance=allowance):
+                error = rate_limited(
+                    f"Rate limit reached ({limit}). Try again in {wait:.3f} s.", wait
+                )
+                error.headers = tuple(allowance_headers(allowance))
+                self._on_rejected(limit)
+                raise error
+            case Allowance():
+                return allowance_headers(result)
+
+    def check_body(self, headers: Headers) -> int:
+        """The most bytes the body may have.  Raises ``GatewayError`` 400, 413 or 415."""
+        content_types = values(headers, b"content-type")
+        if len(content_types) > 1:
+            raise invalid_request("There is more than one Content-Type.", param="content-type")
+        if content_types and not _is_json(content_types[0]):
+            raise invalid_request(
+                "The Content-Type must be application/json.",
+                param="content-type", code="unsupported_media_type", status=415,
+            )  # fmt: skip
+        encoding = first(headers, b"content-encoding")
+        if encoding is not None and encoding.lower() != b"identity":
+            raise invalid_request(
+                "Compressed request bodies are not accepted.",
+                param="content-encoding", code="unsupported_media_type", status=415,
+            )  # fmt: skip
+        length = first(headers, b"content-length")
+        if length is not None and length.isdigit() and int(length) > self._most_bytes:
+            raise body_too_large(self._most_bytes)
+        return self._most_bytes
+
+    def timeout(self, headers: Headers) -> tuple[float, bool]:
+        """Seconds the request may take, and whether the client shortened them."""
+        value = first(headers, b"x-citadel-timeout")
+        if value is None:
+            return self._allowed, False
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise invalid_request(
+                "The header x-citadel-timeout must be a number of seconds above zero.",
+                param="x-citadel-timeout",
+            )
+        return (seconds, True) if seconds < self._allowed else (self._allowed, False)
+
+    def _address(self, scope: dict[str, Any]) -> str:
+        """The client's address; behind trusted proxies, the last one that is not theirs."""
+        peer: str = (scope.get("client") or ("unknown",))[0]
+        if not self._proxies or not self._is_trusted(peer):
+            return peer
+        forwarded = b",".join(values(scope["headers"], b"x-forwarded-for")).decode("latin-1")
+        hops = [hop.strip() for hop in forwarded.split(",") if hop.strip()]
+        return _last_untrusted(hops[-_MAX_FORWARDED:], self._is_trusted) or peer
+
+    def _is_trusted(self, address: str) -> bool:
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self._proxies)
+
+
+def _last_untrusted(hops: Sequence[str], is_trusted: Callable[[str], bool]) -> str | None:
+    for hop in reversed(hops):
+        if not is_trusted(hop):
+            try:
+                return str(ipaddress.ip_address(hop))
+            except ValueError:
+                return None  # garbage: believe nothing of it
+    return None
+
+
+def _is_json(content_type: bytes) -> bool:
+    kind, _, parameters = content_type.lower().partition(b";")
+    charset = parameters.partition(b"charset=")[2].strip(b" \"'")
+    return kind.strip() == b"application/json" and charset in {b"", b"utf-8", b"utf8"}

@@ -1,0 +1,305 @@
+"""The fleet: which models there are, which endpoints serve them, and who gets the next request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+
+import attrs
+import httpx
+import trio
+
+from citadel_gateway.config.flat import AnyConfig, as_schema
+from citadel_gateway.config.schema import LoadBalancerConfig, ModelConfig
+from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
+from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
+from citadel_gateway.io.transport import make_probe_client
+from citadel_gateway.io.upstream import Target
+from citadel_gateway.policy.auth import ApiKey
+from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
+from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.health_tracker import HealthTracker
+from citadel_gateway.policy.selection import Picker, Shares, cost_shares, make_picker
+from citadel_gateway.policy.waitroom import Choice, Nobody
+from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
+
+_NEXT_PROBE = 5.0  # seconds: when an endpoint that is down may be known to be up again
+
+
+@attrs.define(eq=False)
+class Upstream:
+    """An endpoint and how to speak to it."""
+
+    endpoint: Endpoint
+    target: Target
+    probe: Probe
+    asks_usage: bool = True  # until it has refused `stream_options`
+
+
+@attrs.define(eq=False)
+class Model:
+    """A model that clients can ask for."""
+
+    id: str
+    config: ModelConfig
+    upstreams: tuple[Upstream, ...]
+
+    def can_answer(self, request: InferenceRequest) -> bool:
+        return _CAPABILITY[request.kind] in {c.value for c in self.config.capabilities}
+
+    def can_hold(self, request: InferenceRequest) -> bool:
+        """Whether prompt and answer fit its context, as far as can be told without a tokenizer."""
+        window = self.config.context_window
+        return window is None or request.prompt_tokens + (request.max_tokens or 1) <= window
+
+
+_CAPABILITY = {
+    Kind.CHAT: "chat",
+    Kind.COMPLETIONS: "completions",
+    Kind.EMBEDDINGS: "embeddings",
+}
+
+
+@attrs.define(eq=False)
+class Group:
+    """Endpoints that would do equally well, and whose turn it is among them."""
+
+    name: str
+    upstreams: dict[Endpoint, Upstream]
+    picker: Picker
+    shares: Shares = attrs.field(factory=dict)
+
+    def choose(self, tried: frozenset[Endpoint], now: float) -> Choice:
+        """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
+        free, full = [], False
+        for endpoint in self.upstreams:
+            if endpoint in tried or not endpoint.is_available(now):
+                continue
+            if endpoint.has_room():
+                free.append(endpoint)
+            else:
+                full = True
+        if free:
+            return self.picker.pick(free, self.shares)
+        return None if full else Nobody(self._next_chance(now))
+
+    def is_any_left(self, tried: AbstractSet[Endpoint], now: float) -> bool:
+        """Whether an endpoint that was not *tried* is available, with room or without."""
+        return any(e not in tried and e.is_available(now) for e in self.upstreams)
+
+    def _next_chance(self, now: float) -> float:
+        return min(
+            (e.available_in(now) if e.health.healthy else _NEXT_PROBE for e in self.upstreams),
+            default=_NEXT_PROBE,
+        )
+
+
+@attrs.frozen
+class Plan:
+    """Where a request may go: the groups in order of preference, and why the first one."""
+
+    groups: tuple[Group, ...]
+    reason: str
+
+
+class LoadBalancer:
+    """Knows every model and endpoint, and picks.
+
+    :param rng: for random choices and jitter; seed it to repeat a run.
+    """
+
+    def __init__(self, config: AnyConfig, *, rng: random.Random | None = None) -> None:
+        self.config = config = as_schema(config)
+        self._rng = rng or random.Random()
+        self.models = {
+            str(name): self._make_model(name, model) for name, model in config.models.items()
+        }
+        self._aliases: dict[str, str] = {
+            str(alias): str(name)
+            for name, model in config.models.items()
+            for alias in model.aliases
+        }
+        self._groups: dict[str, Group] = {
+            name: self._make_group(name, [m]) for name, m in self.models.items()
+        }
+        self._auto_groups: dict[tuple[str, ...], Group] = {}
+
+    @property
+    def upstreams(self) -> list[Upstream]:
+        return [upstream for model in self.models.values() for upstream in model.upstreams]
+
+    def resolve(self, name: str) -> Model | None:
+        """The model called *name*, by its own name or by an alias."""
+        return self.models.get(self._aliases.get(name, name))
+
+    def get_available_models(self) -> list[str]:
+        """Models that can be asked: live in the event loop, from one round of probes outside."""
+        if trio.lowlevel.in_trio_run():
+            return self.available_models(trio.current_time())
+        return trio.run(self._probe_and_list)
+
+    async def _probe_and_list(self) -> list[str]:
+        async with make_probe_client() as client:
+            await self.probe_once(self.make_checkers(client))
+        return self.available_models(trio.current_time())
+
+    async def probe_once(self, checkers: Mapping[Endpoint, HealthChecker]) -> None:
+        """One round of probes, as long as they may take."""
+        longest = self.config.load_balancer.health_check_timeout + 1
+        await check_all(list(checkers.values()), longest)
+
+    def make_checkers(
+        self,
+        client: httpx.AsyncClient,
+        on_flip: Callable[[Endpoint], None] = lambda _: None,
+    ) -> dict[Endpoint, HealthChecker]:
+        """A health checker for every endpoint; *on_flip* is told when one changes its mind."""
+        balancing = self.config.load_balancer
+        return {
+            upstream.endpoint: HealthChecker(
+                endpoint=upstream.endpoint,
+                probe=upstream.probe,
+                client=client,
+                every=balancing.health_check_interval,
+                within=balancing.health_check_timeout,
+                on_flip=on_flip,
+                jitter=self._rng.random,
+            )
+            for upstream in self.upstreams
+        }
+
+    def available_models(self, now: float) -> list[str]:
+        """Models of which at least one endpoint would be given a request."""
+        return [
+            model.id
+            for model in self.models.values()
+            if any(u.endpoint.is_available(now) for u in model.upstreams)
+        ]
+
+    def plan(self, request: InferenceRequest, key: ApiKey | None = None) -> Plan:
+        """Where *request* may go.  Raises :class:`GatewayError` if nowhere."""
+        routing = self.config.gateway
+        if not routing.model_routing_enabled:
+            return self._plan_model(self.config.default_model(), "routing_off", request, key)
+        if request.model is not None:
+            model = self.resolve(request.model)
+            if model is None:
+                raise unknown_model(request.model, list(self.models))
+            reason = "requested" if model.id == request.model else "alias"
+            return self._plan_model(model.id, reason, request, key)
+        if not routing.intelligent_routing:
+            return self._plan_model(self.config.default_model(), "default_model", request, key)
+        group = self._auto_group(self._eligible(request, key))
+        return Plan((group,), f"auto:{self.config.load_balancer.algorithm.value}")
+
+    def larger_contexts(self, than: str, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """Those of *groups* that can hold more than the model *than* can."""
+        window = self.models[than].config.context_window
+        return tuple(
+            group
+            for group in groups
+            if (other := self.models[group.name].config.context_window) is None
+            or (window is not None and other > window)
+        )
+
+    def _plan_model(
+        self, name: str, reason: str, request: InferenceRequest, key: ApiKey | None
+    ) -> Plan:
+        model = self.resolve(name)
+        if model is None:
+            raise unknown_model(name, list(self.models))
+        if key is not None and not key.may_use(model.id):
+            raise model_not_allowed(model.id)
+        if not model.can_answer(request):
+            raise _cannot_answer(model.id, request.kind)
+        fallbacks = [self.models[f] for f in model.config.fallbacks]
+        usable = [
+            m
+            for m in fallbacks
+            if m.can_answer(request) and m.can_hold(request) and (key is None or key.may_use(m.id))
+        ]
+        return Plan(tuple(self._groups[m.id] for m in (model, *usable)), reason)
+
+    def _eligible(self, request: InferenceRequest, key: ApiKey | None) -> list[Model]:
+        models = list(self.models.values())
+        if key is not None:
+            models = [m for m in models if key.may_use(m.id)]
+        able = [m for m in models if m.can_answer(request)]
+        if not able:
+            raise _cannot_answer(AUTO, request.kind)
+        fitting = [m for m in able if m.can_hold(request)]
+        if not fitting:
+            raise invalid_request(
+                f"The request needs about {request.prompt_tokens + (request.max_tokens or 1)} "
+                "tokens, more than any model's context window.",
+                param="messages" if request.kind is Kind.CHAT else "prompt",
+                code="context_length_exceeded",
+            )
+        return fitting
+
+    def _auto_group(self, models: list[Model]) -> Group:
+        key = tuple(model.id for model in models)
+        group = self._auto_groups.get(key)
+        if group is None:
+            group = self._auto_groups[key] = self._make_group(AUTO, models)
+            if self.config.gateway.cost_optimization_enabled:
+                group.shares = cost_shares(list(group.upstreams))
+        return group
+
+    def _make_group(self, name: str, models: list[Model]) -> Group:
+        upstreams = {u.endpoint: u for model in models for u in model.upstreams}
+        return Group(
+            name, upstreams, make_picker(self.config.load_balancer.algorithm.value, self._rng)
+        )
+
+    def _make_model(self, name: str, config: ModelConfig) -> Model:
+        balancing = self.config.load_balancer
+        jitter = self._rng.random
+        return Model(name, config, tuple(_make_upstreams(name, config, balancing, jitter)))
+
+
+def _make_upstreams(
+    name: str,
+    model: ModelConfig,
+    balancing: LoadBalancerConfig,
+    jitter: Callable[[], float],
+) -> list[Upstream]:
+    policy = BreakerPolicy(
+        threshold=balancing.circuit_breaker_threshold,
+        rest=balancing.circuit_breaker_timeout,
+        failure_ratio=balancing.circuit_breaker_failure_ratio,
+        window=balancing.circuit_breaker_window,
+        min_requests=balancing.circuit_breaker_min_requests,
+    )
+    cost = model.cost_per_request if model.cost_per_request is not None else model.cost_per_hour
+    upstreams = []
+    for config in model.all_endpoints():
+        endpoint = Endpoint(
+            model=name,
+            url=config.url,
+            weight=config.weight or model.weight,
+            max_concurrent=config.max_concurrent or model.max_concurrent,
+            cost=cost,
+            breaker=CircuitBreaker(policy, jitter),
+            health=HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after),
+        )
+        engine = config.engine or model.engine
+        upstreams.append(
+            Upstream(
+                endpoint=endpoint,
+                target=Target.of(config.url, config.api_key),
+                probe=Probe.of(config.url, engine.value, config.api_key),
+            )
+        )
+    return upstreams
+
+
+def _cannot_answer(model: str, kind: Kind) -> GatewayError:
+    return invalid_request(
+        f"No model can answer {kind.value} requests."
+        if model == AUTO
+        else f"The model {model!r} does not answer {kind.value} requests.",
+        param="model",
+        code="unsupported_request",
+    )

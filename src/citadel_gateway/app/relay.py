@@ -1,0 +1,193 @@
+"""The inference routes: from the head of a request to the last byte of its answer.
+
+They are plain ASGI, in front of Quart: building its request and response objects would cost more
+than everything that is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+import trio
+
+from citadel_gateway.app.client_response import ClientResponse
+from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, Job
+from citadel_gateway.app.guard import Doorkeeper
+from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.errors import GatewayError, body_too_large, draining, internal_error
+from citadel_gateway.io.http1_server import CANCELS, ResponseAborted
+from citadel_gateway.io.record import Outcome, Phase, RequestRecord
+from citadel_gateway.io.upstream import UpstreamFailure
+from citadel_gateway.wire.headers import Headers, request_id, tracing
+from citadel_gateway.wire.openai_request import Kind, parse_request
+
+ROUTES = {"/v1" + kind.value: kind for kind in Kind}
+CLIENT_CLOSED_REQUEST = 499
+_LAST_WORDS = 1.0  # seconds, for telling a client that its stream is cut because we stop
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+@attrs.define(eq=False)
+class Relay:
+    """Serves one inference request at a time for each caller; holds no state of its own.
+
+    :param on_end: told of every request once, when it has ended.
+    :param on_crash: told of exceptions that should not have been.
+    :param is_cutting: whether requests are being cancelled because the gateway stops.
+    """
+
+    doorkeeper: Doorkeeper
+    balancer: LoadBalancer
+    orchestrator: GatewayOrchestrator
+    on_end: Callable[[RequestRecord], None]
+    on_crash: Callable[[str, Exception], None]
+    is_cutting: Callable[[], bool]
+
+    async def __call__(
+        self, scope: dict[str, Any], receive: Receive, send: Send, extra: Headers
+    ) -> None:
+        """*extra* are headers for every answer, such as those of CORS."""
+        response = self._make_response(scope, send, extra)
+        if CANCELS in (scope.get("extensions") or {}):
+            await self._serve(scope, receive, response)
+            return
+        # A server that only tells us when the client leaves: watch for it beside the work.
+        inbox = _Inbox(receive)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inbox.watch, response, nursery.cancel_scope)
+            await self._serve(scope, inbox.receive, response)
+            nursery.cancel_scope.cancel()
+
+    def _make_response(self, scope: dict[str, Any], send: Send, extra: Headers) -> ClientResponse:
+        record = RequestRecord(
+            request_id=request_id(scope["headers"]),
+            route=scope["path"],
+            client=(scope.get("client") or ("unknown",))[0],
+            began=trio.current_time(),
+        )
+        show = self.balancer.config.gateway.routing_headers
+        return ClientResponse(send, record, show, list(extra))
+
+    async def _serve(
+        self, scope: dict[str, Any], receive: Receive, response: ClientResponse
+    ) -> None:
+        record = response.record
+        try:
+            await self._answer(scope, receive, response)
+        except trio.Cancelled:
+            await self._say_goodbye(response)
+            raise
+        except ResponseAborted:
+            raise
+        except Exception as exc:
+            record.outcome = Outcome.INTERNAL_ERROR
+            self.on_crash("relay", exc)
+            if response.started:
+                raise ResponseAborted from exc
+            await response.error(internal_error())
+        finally:
+            record.ended = trio.current_time()
+            self.on_end(record)
+
+    async def _answer(
+        self, scope: dict[str, Any], receive: Receive, response: ClientResponse
+    ) -> None:
+        try:
+            job = await self._accept(scope, receive, response)
+            answer = await self.orchestrator.answer(job, response)
+            if answer is not None:
+                await response.whole(answer.body)
+        except GatewayError as error:
+            await response.error(error)
+        except UpstreamFailure as failure:
+            if response.started:
+                await response.break_off(failure.error, Outcome.STREAM_BROKEN)
+            await response.error(failure.error, by_upstream=True)
+
+    async def _accept(
+        self, scope: dict[str, Any], receive: Receive, response: ClientResponse
+    ) -> Job:
+        """Check the head, read the body, find out where it may go.  Raises ``GatewayError``."""
+        record, headers = response.record, scope["headers"]
+        visitor = self.doorkeeper.identify(scope)
+        record.client = visitor.client
+        record.key_id = visitor.key.id if visitor.key is not None else None
+        response.headers += self.doorkeeper.admit(visitor, record.began)
+        most = self.doorkeeper.check_body(headers)
+        allowed, shortened = self.doorkeeper.timeout(headers)
+        body = await _read_body(receive, most)
+        record.bytes_in, record.received = len(body), trio.current_time()
+        request = parse_request(ROUTES[scope["path"]], body)
+        record.stream = request.stream
+        plan = self.balancer.plan(request, visitor.key)
+        record.model = "" if plan.groups[0].name == "auto" else plan.groups[0].name
+        record.route_reason = plan.reason
+        return Job(
+            request=request,
+            plan=plan,
+            record=record,
+            tracing=tracing(headers),
+            deadline=record.began + allowed,
+            allowed=allowed,
+            shortened=shortened,
+        )
+
+    async def _say_goodbye(self, response: ClientResponse) -> None:
+        """We were cancelled: the client has left, or the gateway stops and is out of patience."""
+        record = response.record
+        if record.outcome is not None:
+            return
+        if not self.is_cutting():
+            record.outcome = Outcome.CLIENT_CLOSED
+            record.error_code = "client_closed_request"
+            record.status = record.status or CLIENT_CLOSED_REQUEST
+            return
+        record.outcome = Outcome.DRAINING
+        with trio.move_on_after(_LAST_WORDS, shield=True):
+            if not response.started:
+                await response.error(draining())
+            elif record.stream and record.phase is Phase.STREAMING:
+                try:
+                    await response.break_off(draining(), Outcome.DRAINING)
+                except ResponseAborted:
+                    return  # what is left to do, the cancellation does
+
+
+async def _read_body(receive: Receive, most: int) -> bytes:
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message.get("more_body"):
+        pieces, size = [body], len(body)
+        while message.get("more_body") and size <= most:
+            message = await receive()
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+        body = b"".join(pieces)
+    if len(body) > most:
+        raise body_too_large(most)
+    return body
+
+
+@attrs.define(eq=False)
+class _Inbox:
+    """Separates a request's body from the news that its client has left."""
+
+    source: Receive
+    _send: trio.MemorySendChannel[dict[str, Any]] = attrs.field(init=False)
+    _messages: trio.MemoryReceiveChannel[dict[str, Any]] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._send, self._messages = trio.open_memory_channel[dict[str, Any]](0)
+
+    async def watch(self, response: ClientResponse, scope: trio.CancelScope) -> None:
+        while (message := await self.source())["type"] == "http.request":
+            await self._send.send(message)
+        if not response.ending:  # afterwards, the server reports the end of every request
+            scope.cancel()
+
+    async def receive(self) -> dict[str, Any]:
+        return await self._messages.receive()

@@ -1,0 +1,186 @@
+"""Every route but inference, on Quart."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import orjson
+import trio
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from citadel_gateway.app.docs_page import read_asset
+from citadel_gateway.app.guard import Doorkeeper
+from citadel_gateway.app.openapi import openapi_document
+from citadel_gateway.app.reports import Reports
+from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.errors import GatewayError, error_body, internal_error, unknown_model
+from citadel_gateway.io.metrics import CONTENT_TYPE, Metrics
+from citadel_gateway.policy.auth import ApiKey
+from citadel_gateway.wire.openai_request import Kind, parse_request
+
+_MOST_BODY = 2**20
+_CSP = "default-src 'self'; frame-ancestors 'none'"
+
+
+class Gateway(Protocol):
+    """What the routes need of the service."""
+
+    config: GatewayConfigSchema
+    reports: Reports
+    metrics: Metrics
+    doorkeeper: Doorkeeper
+
+    def is_ready(self) -> bool: ...
+
+    def note_crash(self, where: str, exc: Exception) -> None: ...
+
+
+def make_quart_app(gateway: Gateway) -> QuartTrio:
+    """The Quart application.  It holds no state; it reports the gateway's."""
+    app = QuartTrio("citadel_gateway", static_folder=None)
+    app.config.update(
+        RESPONSE_TIMEOUT=None,
+        BODY_TIMEOUT=10,
+        MAX_CONTENT_LENGTH=_MOST_BODY,
+        PROVIDE_AUTOMATIC_OPTIONS=False,
+    )
+    _add_health(app, gateway)
+    _add_models(app, gateway)
+    _add_documentation(app, gateway)
+    _add_error_handlers(app, gateway)
+    return app
+
+
+def _add_health(app: QuartTrio, gateway: Gateway) -> None:
+    monitoring = gateway.config.monitoring
+
+    async def health() -> Response:
+        report = gateway.reports.health(trio.current_time())
+        return _json(report, 503 if report["status"] == "unhealthy" else 200)
+
+    async def livez() -> Response:
+        return _json({"status": "alive"})
+
+    async def readyz() -> Response:
+        ready = gateway.is_ready()
+        return _json({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def metrics() -> Response:
+        return Response(await gateway.metrics.render(), content_type=CONTENT_TYPE)
+
+    _get(app, monitoring.health_check_endpoint, health)
+    for path in ("/livez", "/healthz", "/health/liveliness"):
+        _get(app, path, livez)
+    for path in ("/readyz", "/health/readiness"):
+        _get(app, path, readyz)
+    _get(app, monitoring.metrics_endpoint, metrics)
+
+
+def _add_models(app: QuartTrio, gateway: Gateway) -> None:
+    async def models() -> Response:
+        return _json(gateway.reports.models(trio.current_time(), _key(gateway)))
+
+    async def model(name: str) -> Response:
+        key = _key(gateway)
+        card = gateway.reports.model(name, trio.current_time(), key)
+        if card is None:
+            known = gateway.reports.models(trio.current_time(), key)["data"]
+            raise unknown_model(name, [each["id"] for each in known])
+        return _json(card)
+
+    async def status() -> Response:
+        _key(gateway)
+        return _json(gateway.reports.status(trio.current_time()))
+
+    async def route() -> Response:
+        key = _key(gateway)
+        data = await request.get_data(as_text=False)
+        asked = parse_request(Kind.CHAT, data if isinstance(data, bytes) else data.encode())
+        return _json(gateway.reports.route(asked, key, trio.current_time()))
+
+    _get(app, "/v1/models", models)
+    _get(app, "/v1/models/<path:name>", model)
+    _get(app, "/models/status", status)
+    app.add_url_rule("/models/route", "route", route, methods=["POST"])
+
+
+def _add_documentation(app: QuartTrio, gateway: Gateway) -> None:
+    monitoring = gateway.config.monitoring
+    document = openapi_document(
+        version=version("citadel-gateway"),
+        health_path=monitoring.health_check_endpoint,
+        metrics_path=monitoring.metrics_endpoint,
+        keys_required=bool(gateway.config.security.api_keys),
+    )
+
+    async def openapi() -> Response:
+        return _json(document)
+
+    async def docs(name: str = "docs.html") -> Response:
+        asset = read_asset(name)
+        if asset is None:
+            raise _not_found()
+        body, content_type = asset
+        return Response(body, content_type=content_type, headers={"content-security-policy": _CSP})
+
+    _get(app, "/openapi.json", openapi)
+    _get(app, "/docs", docs)
+    _get(app, "/docs/<name>", docs)
+
+
+def _add_error_handlers(app: QuartTrio, gateway: Gateway) -> None:
+    async def refused(error: GatewayError) -> Response:
+        headers = {k.decode(): v.decode() for k, v in error.all_headers()}
+        return Response(error.body(), error.status, headers, content_type="application/json")
+
+    async def http_error(error: HTTPException) -> Response:
+        status = error.code or 500
+        code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(status)
+        message = {
+            404: f"There is nothing at {request.path}.",
+            405: f"{request.method} is not allowed at {request.path}.",
+        }.get(status, error.description or error.name)
+        response = Response(
+            error_body(message, "invalid_request_error", code),
+            status,
+            content_type="application/json",
+        )
+        if allow := dict(error.get_headers()).get("Allow"):
+            response.headers["allow"] = allow
+        return response
+
+    async def crashed(error: Exception) -> Response:
+        gateway.note_crash("routes", error)
+        return await refused(internal_error())
+
+    app.register_error_handler(GatewayError, refused)
+    app.register_error_handler(HTTPException, http_error)
+    app.register_error_handler(Exception, crashed)
+
+
+def _not_found() -> GatewayError:
+    return GatewayError(
+        f"There is nothing at {request.path}.", 404, "invalid_request_error", "not_found"
+    )
+
+
+def _key(gateway: Gateway) -> ApiKey | None:
+    """The key that was shown; raises 401 where one is needed."""
+    return gateway.doorkeeper.identify(dict(request.scope)).key
+
+
+def _get(app: QuartTrio, path: str, view: Callable[..., Awaitable[Response]]) -> None:
+    app.add_url_rule(path, f"GET {path}", view, methods=["GET"])
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(
+        orjson.dumps(value),
+        status,
+        {"cache-control": "no-store"},
+        content_type="application/json",
+    )

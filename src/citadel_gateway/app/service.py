@@ -1,0 +1,328 @@
+"""The gateway, assembled: everything that lives as long as the process, in one nursery."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import trio
+
+from citadel_gateway.app.cors import Cors
+from citadel_gateway.app.front import Front
+from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
+from citadel_gateway.app.guard import Doorkeeper
+from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.relay import Relay
+from citadel_gateway.app.reports import Reports
+from citadel_gateway.app.routes import make_quart_app
+from citadel_gateway.app.server import Address, Server
+from citadel_gateway.config.flat import AnyConfig, as_schema
+from citadel_gateway.io.access_log import access_line
+from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.dial import Connect, make_connect
+from citadel_gateway.io.health_monitoring import check_all
+from citadel_gateway.io.logs import JsonLog, redact
+from citadel_gateway.io.metrics import Levels, Metrics
+from citadel_gateway.io.pool import ConnectionPool
+from citadel_gateway.io.record import RequestRecord
+from citadel_gateway.io.supervisor import supervise
+from citadel_gateway.io.systemd import Notifier, feed_watchdog
+from citadel_gateway.io.transport import make_probe_client
+from citadel_gateway.io.upstream import UpstreamClient
+from citadel_gateway.policy.circuit_breaker import Transition
+from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.waitroom import Waitroom
+
+_FIRST_ROUND = 1.5  # seconds that the first probes may hold up the start
+_UPKEEP = 1.0  # seconds between two looks at what has expired
+_FORGET = 30.0
+
+
+class UnifiedAPIGatewayService:
+    """The unified API gateway.
+
+    >>> service = UnifiedAPIGatewayService(load_config("config/gateway.yaml"))
+    >>> service.get_health_status()      # outside any event loop: probes the endpoints once
+    >>> trio.run(service.run)            # serves until SIGTERM
+
+    :param config: from ``load_config``, or a ``UnifiedAPIGatewayConfig``.
+    :param connect: opens streams to endpoints; replace it to run over in-memory streams.
+    :param rng: for random choices and jitter; seed it to repeat a run.
+    :param log: where log lines go; standard error by default.
+    """
+
+    def __init__(
+        self,
+        config: AnyConfig,
+        *,
+        connect: Connect | None = None,
+        rng: random.Random | None = None,
+        log: JsonLog | None = None,
+    ) -> None:
+        self.config = as_schema(config)
+        rng = rng or random.Random()
+        self.log = log or JsonLog()
+        self.log.level = logging.getLevelName(self.config.monitoring.log_level.value)
+        self.draining = trio.Event()
+        self._cutting = False
+        self._servers: list[Server] = []
+        self._breaker_news = trio.Event()
+        self.balancer = LoadBalancer(self.config, rng=rng)
+        self.pool = ConnectionPool(connect or make_connect(), clock=trio.current_time)
+        self.admission = Admission(
+            Waitroom(
+                seats=self.config.performance.max_concurrent_requests,
+                room=self.config.load_balancer.queue_size,
+            ),
+            on_transition=self._note_transition,
+        )
+        self.reports = Reports(self.balancer, self.admission.waitroom, int(time.time()))
+        self._now: Callable[[], float] = time.monotonic  # until the event loop's clock runs
+        self.metrics = Metrics(self._levels)
+        self.doorkeeper = Doorkeeper(self.config, self.metrics.rejected)
+        probe_client = make_probe_client(self.pool)
+        self._checkers = self.balancer.make_checkers(probe_client, self._note_flip)
+        self.orchestrator = GatewayOrchestrator(
+            balancer=self.balancer,
+            admission=self.admission,
+            client=UpstreamClient(self.pool),
+            metrics=self.metrics,
+            suspect=lambda endpoint: self._checkers[endpoint].suspect(),
+        )
+        relay = Relay(
+            doorkeeper=self.doorkeeper,
+            balancer=self.balancer,
+            orchestrator=self.orchestrator,
+            on_end=self._note_end,
+            on_crash=self.note_crash,
+            is_cutting=lambda: self._cutting,
+        )
+        quart: Callable[..., Awaitable[None]] = make_quart_app(self)
+        self.app = Front(relay, quart, Cors(self.config.security.cors))
+        self._monitoring = quart
+
+    # For people at a prompt.
+
+    def get_health_status(self) -> dict[str, Any]:
+        """The report of ``/health``: live in the event loop, from one round of probes outside."""
+        if trio.lowlevel.in_trio_run():
+            return self.reports.health(trio.current_time())
+        return trio.run(self._probe_once)
+
+    async def _probe_once(self) -> dict[str, Any]:
+        await self.balancer.probe_once(self._checkers)
+        await self.pool.aclose()
+        return self.reports.health(trio.current_time())
+
+    # Living and dying.
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Start what runs in the background; the body is reached when every endpoint is known.
+
+        What opens last closes first.  A background task that cannot be kept alive takes the body
+        down with it.
+        """
+        self._now = trio.current_time
+        async with trio.open_nursery() as background:
+            for name, task in self._background_tasks().items():
+                background.start_soon(
+                    partial(supervise, task, name=name, on_crash=self._note_background_crash)
+                )
+            await check_all(list(self._checkers.values()), _FIRST_ROUND)
+            for checker in self._checkers.values():
+                background.start_soon(
+                    partial(
+                        supervise,
+                        checker.watch,
+                        name=f"health of {checker.endpoint.url}",
+                        on_crash=self._note_background_crash,
+                    )
+                )
+            try:
+                yield
+            finally:
+                with trio.CancelScope(shield=True):  # closing sockets waits for nobody
+                    await self.pool.aclose()
+                with trio.move_on_after(1.0, shield=True):
+                    await self.log.flush()
+            background.cancel_scope.cancel()
+
+    async def run(
+        self,
+        *,
+        notifier: Notifier | None = None,
+        handle_signals: bool = True,
+        task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until SIGTERM or SIGINT, or until :attr:`draining` is set; then drain and return.
+
+        Reports started with the API's address once both listeners are open.
+        Raises ``CannotListen``.
+        """
+        notifier = notifier or Notifier.from_environ({})
+        async with self.open(), trio.open_nursery() as nursery:
+            nursery.start_soon(partial(feed_watchdog, notifier, alive=lambda: True))
+            if handle_signals:
+                nursery.start_soon(self._drain_on_signal, nursery.cancel_scope)
+            address = await self._start_servers(nursery)
+            self._announce(address)
+            notifier.ready()
+            task_status.started(address)
+            await self.draining.wait()
+            notifier.stopping()
+            await self._drain()
+            nursery.cancel_scope.cancel()
+
+    def is_ready(self) -> bool:
+        """Whether new requests are welcome: some model can answer, and nobody has said stop."""
+        return not self.draining.is_set() and bool(self.balancer.available_models(self._now()))
+
+    async def _start_servers(self, nursery: trio.Nursery) -> Address:
+        service, monitoring = self.config.service, self.config.monitoring
+        api = Address(service.host, service.port, service.tls_certfile, service.tls_keyfile)
+        self._servers = [Server(self.app, api, service, self.note_crash)]
+        if monitoring.prometheus_port is not None:
+            second = Address(monitoring.prometheus_host, monitoring.prometheus_port)
+            self._servers.append(Server(self._monitoring, second, service, self.note_crash))
+        bound = [await nursery.start(server.run) for server in self._servers]
+        first: Address = bound[0]
+        return first
+
+    async def _drain(self) -> None:
+        api, *others = self._servers
+        self.log.event(logging.INFO, "draining", within=self.config.service.drain_timeout)
+        api.promise_nothing()
+        if api.open_connections:
+            await trio.sleep(self.config.service.lame_duck)
+        await api.stop(self.config.service.drain_timeout)
+        self._cutting = True
+        await api.cut()
+        for server in others:
+            await server.stop(0.0)
+            await server.cut()
+        self.log.event(logging.INFO, "stopped")
+
+    async def _drain_on_signal(self, everything: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as arriving:
+            async for _ in arriving:
+                if self.draining.is_set():
+                    self._cutting = True
+                    everything.cancel()  # asked twice: no more patience
+                self.draining.set()
+
+    # In the background.
+
+    def _background_tasks(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "upkeep": self._run_upkeep,
+            "breaker timers": self._run_breaker_timers,
+            "log": self.log.flush_for_ever,
+        }
+
+    async def _run_upkeep(self) -> None:
+        """Close what has been idle for too long; forget clients that have not been seen."""
+        forget_at = trio.current_time() + _FORGET
+        while True:
+            await trio.sleep(_UPKEEP)
+            await self.pool.prune()
+            self.admission.pump()
+            if trio.current_time() >= forget_at:
+                self.doorkeeper.limiter.forget_full(trio.current_time())
+                forget_at += _FORGET
+
+    async def _run_breaker_timers(self) -> None:
+        """Note when breakers have rested, and call those who wait for their endpoints."""
+        while True:
+            ends = [e.breaker.opens_again_at() for e in self._checkers]
+            soonest = min((end for end in ends if end is not None), default=float("inf"))
+            with trio.move_on_at(soonest):
+                await self._breaker_news.wait()
+            self._breaker_news = trio.Event()
+            for endpoint in self._checkers:
+                transition = endpoint.breaker.ripen(trio.current_time())
+                if transition is not None:
+                    self._note_transition(endpoint, transition)
+            self.admission.pump()
+
+    # What happens is told to the metrics and the log.
+
+    def _note_end(self, record: RequestRecord) -> None:
+        self.metrics.finished(record)
+        if self.config.monitoring.access_log:
+            self.log.write(access_line(record))
+
+    def _note_transition(self, endpoint: Endpoint, transition: Transition) -> None:
+        self._breaker_news.set()
+        self.metrics.changed(endpoint, transition)
+        self.log.event(
+            logging.WARNING,
+            "breaker",
+            model=endpoint.model,
+            endpoint=endpoint.url,
+            before=transition.before.value,
+            after=transition.after.value,
+            why=transition.why,
+        )
+
+    def _note_flip(self, endpoint: Endpoint) -> None:
+        self.log.event(
+            logging.INFO if endpoint.health.healthy else logging.WARNING,
+            "health",
+            model=endpoint.model,
+            endpoint=endpoint.url,
+            healthy=endpoint.health.healthy,
+            error=endpoint.health.last_error,
+        )
+        self.admission.pump()
+
+    def note_crash(self, where: str, exc: Exception) -> None:
+        """An exception was caught at a boundary: a bug, to be counted and written down."""
+        self.metrics.crashed(where)
+        trace = "".join(traceback.format_exception(exc))
+        self.log.event(logging.ERROR, "crash", where=where, exception=redact(trace))
+
+    def _note_background_crash(self, name: str, exc: Exception) -> None:
+        self.log.event(logging.ERROR, "background task crashed", task=name)
+        self.note_crash("background", exc)
+
+    def _announce(self, address: Address) -> None:
+        self.log.event(
+            logging.INFO, "listening", address=str(address), python=sys.version.split()[0]
+        )
+        service = self.config.service
+        if service.workers > 1:
+            self.log.event(
+                logging.WARNING,
+                f"service.workers is {service.workers}; this version serves with one process",
+            )
+        if not self.config.security.api_keys and not _is_loopback(address.host):
+            self.log.event(
+                logging.WARNING,
+                "no API key is configured: everybody who can connect may use the models",
+            )
+
+    def _levels(self) -> Levels:
+        waitroom = self.admission.waitroom
+        return Levels(
+            endpoints=tuple(u.endpoint for u in self.balancer.upstreams),
+            queue_depths={q: waitroom.depth(q) for q in (*self.balancer.models, "auto")},
+            in_flight=waitroom.taken,
+            connections=sum(s.open_connections for s in self._servers),
+            upstream_connections=self.pool.open_count,
+            draining=self.draining.is_set(),
+            log_lines_dropped=self.log.dropped,
+            now=self._now(),
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in {"localhost", "::1"}

@@ -1,0 +1,22 @@
+"""``citadel-gateway check``: is this configuration right, and what does it come to?"""
+
+from __future__ import annotations
+
+import click
+
+from citadel_gateway.cli.common import load_or_exit
+from citadel_gateway.config.json_schema import dumps
+from citadel_gateway.config.show import effective_yaml
+
+
+@click.command()
+@click.option("--config", "-c", "config_path", metavar="FILE", help="The configuration file.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of the file instead.")
+def check(config_path: str | None, schema: bool) -> None:
+    """Print the effective configuration, secrets masked; or every error, and exit with 78."""
+    if schema:
+        click.echo(dumps(), nl=False)
+    elif config_path is None:
+        raise click.UsageError("Missing option '--config' / '-c'.")
+    else:
+        click.echo(effective_yaml(load_or_exit(config_path)), nl=False)

@@ -1,0 +1,104 @@
+"""``citadel-gateway status``: what a running gateway is doing, as a table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+import orjson
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from citadel_gateway.cli.common import (
+    EXIT_FAILED,
+    ask_gateway,
+    explain_error,
+    key_option,
+    leave,
+    url_option,
+)
+
+_COLOURS = {"closed": "green", "half_open": "yellow", "open": "red"}
+
+
+@click.command()
+@url_option
+@key_option
+@click.option("--once", is_flag=True, help="Print one table and leave, even on a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON and leave.")
+@click.option("--interval", default=1.0, show_default=True, help="Seconds between two looks.")
+def status(url: str, key: str | None, once: bool, as_json: bool, interval: float) -> None:
+    """Show models, endpoints, breakers and load; live on a terminal.
+
+    Exits with 0 when everything is available, 1 when something is not, 69 when there is no
+    gateway.
+    """
+    report = _fetch(url, key)
+    if as_json:
+        click.echo(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
+    elif once or not sys.stdout.isatty():
+        Console().print(status_table(report))
+    else:
+        report = _watch(url, key, interval, report)
+    sys.exit(0 if report["status"] == "healthy" else EXIT_FAILED)
+
+
+def _watch(url: str, key: str | None, interval: float, report: dict[str, Any]) -> dict[str, Any]:
+    with Live(status_table(report), auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(interval)
+                report = _fetch(url, key)
+                live.update(status_table(report), refresh=True)
+        except KeyboardInterrupt:
+            return report
+
+
+def _fetch(url: str, key: str | None) -> dict[str, Any]:
+    response = ask_gateway("GET", url, "/models/status", key)
+    if response.status_code != 200:
+        leave(f"{url}: {explain_error(response)}", EXIT_FAILED)
+    report: dict[str, Any] = response.json()
+    return report
+
+
+def status_table(report: dict[str, Any]) -> Table:
+    """The report of ``/models/status`` as a table."""
+    limits = report["limits"]
+    table = Table(
+        title=f"{report['gateway']}: {report['status']}",
+        caption=(
+            f"{limits['in_flight']} of {limits['max_concurrent_requests']} requests in flight, "
+            f"{report['waiting_for_any_model']} waiting for any model"
+        ),
+    )
+    for heading in ("model", "endpoint", "health", "breaker"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("in flight", "waiting", "latency", "weight"):
+        table.add_column(heading, justify="right")
+    for model, entry in report["models"].items():
+        heading, waiting = model, str(entry["waiting"])
+        for endpoint in entry["endpoints"]:
+            table.add_row(heading, *_cells(endpoint, waiting))
+            heading = waiting = ""  # said once for all endpoints of a model
+    return table
+
+
+def _cells(endpoint: dict[str, Any], waiting: str) -> tuple[str, ...]:
+    health = "[green]up[/]"
+    if not endpoint["healthy"]:
+        health = f"[red]down[/] {endpoint['last_error'] or ''}"
+    colour = _COLOURS[endpoint["breaker"]]
+    latency = endpoint["latency_seconds"]
+    return (
+        endpoint["url"],
+        health,
+        f"[{colour}]{endpoint['breaker']}[/]",
+        f"{endpoint['in_flight']}/{endpoint['max_concurrent']}",
+        waiting,
+        f"{latency * 1000:.0f} ms" if latency else "-",
+        f"{endpoint['weight']:g}",
+    )

@@ -1,0 +1,1 @@
+"""What `citadel-gateway demo` starts beside the gateway, so that it can be tried on one machine."""

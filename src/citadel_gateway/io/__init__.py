@@ -1,0 +1,1 @@
+"""Adapters to the outside: sockets, clocks, logs and metrics."""

@@ -1,0 +1,65 @@
+"""Parks tasks until the waitroom calls them; the waitroom decides, this waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+import trio
+
+from citadel_gateway.policy.circuit_breaker import Transition, Verdict
+from citadel_gateway.policy.endpoint import Endpoint, Slot
+from citadel_gateway.policy.waitroom import Ticket, Waitroom
+
+
+@attrs.define(eq=False)
+class Admission:
+    """The waitroom, for tasks.
+
+    :param on_transition: told of every change of a breaker.
+    """
+
+    waitroom: Waitroom
+    on_transition: Callable[[Endpoint, Transition], None]
+    _calls: dict[Ticket, trio.Event] = attrs.field(factory=dict, init=False)
+
+    def enter(self, ticket: Ticket) -> None:
+        """Take a place or queue for one.  Raises ``Full``.  Follow with :meth:`wait`."""
+        self.waitroom.enter(ticket, trio.current_time())
+
+    async def wait(self, ticket: Ticket, within: float) -> None:
+        """Wait until the ticket's outcome is known.  Raises ``trio.TooSlowError``."""
+        if ticket.outcome is not None:
+            return  # the usual case costs nothing; the caller goes on to wait for an upstream
+        self._calls[ticket] = trio.Event()
+        try:
+            with trio.fail_after(within):
+                await self._calls[ticket].wait()
+        finally:
+            del self._calls[ticket]
+
+    def move(self, ticket: Ticket, verdict: Verdict) -> None:
+        """Give up the slot for another; follow with :meth:`wait`."""
+        self._settle(ticket, self.waitroom.move, verdict)
+
+    def leave(self, ticket: Ticket, verdict: Verdict) -> None:
+        """Give up everything.  Total: right in every state that a ticket can be in."""
+        self._settle(ticket, self.waitroom.leave, verdict)
+
+    def pump(self) -> None:
+        """Something may have become free: call whoever can be placed."""
+        for ticket in self.waitroom.pump(trio.current_time()):
+            if ticket in self._calls:
+                self._calls[ticket].set()
+
+    def _settle(
+        self,
+        ticket: Ticket,
+        settle: Callable[[Ticket, Verdict, float], Transition | None],
+        verdict: Verdict,
+    ) -> None:
+        slot = ticket.outcome
+        transition = settle(ticket, verdict, trio.current_time())
+        if transition is not None and isinstance(slot, Slot):
+            self.on_transition(slot.endpoint, transition)
+        self.pump()

@@ -1,0 +1,125 @@
+"""Asks endpoints how they are, without ever spending inference on it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import attrs
+import httpx
+import trio
+
+from citadel_gateway.policy.endpoint import Endpoint
+
+_MOST_READ = 64 * 1024
+_SOON = 5.0  # seconds between probes of an endpoint that is down or in doubt
+
+_PATHS = {
+    "auto": ("/health", "/v1/models"),
+    "vllm": ("/health",),
+    "sglang": ("/health",),
+    "llamacpp": ("/health",),
+    "tgi": ("/health",),
+    "ollama": ("/api/version",),
+    "openai": ("/v1/models",),
+}
+_NO_SUCH_ROUTE = frozenset({404, 405, 501})
+
+
+@attrs.frozen(kw_only=True)
+class Probe:
+    """How to ask one endpoint: the addresses to try, in order, and the key to show."""
+
+    urls: tuple[str, ...]
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, url: str, engine: str, api_key: str | None) -> Probe:
+        root = url.removesuffix("/v1")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        return cls(urls=tuple(root + path for path in _PATHS[engine]), headers=headers)
+
+
+async def ask(client: httpx.AsyncClient, probe: Probe, within: float) -> str | None:
+    """What is wrong with the endpoint, or ``None`` if nothing is."""
+    try:
+        with trio.fail_after(within):
+            for url in probe.urls:
+                status = await _status(client, url, probe.headers)
+                if status not in _NO_SUCH_ROUTE:
+                    return _complaint(status)
+    except trio.TooSlowError:
+        return f"no answer within {within:g} s"
+    except httpx.HTTPError as exc:
+        return str(exc) or type(exc).__name__
+    return None  # it speaks HTTP, and has no health route to ask
+
+
+async def _status(client: httpx.AsyncClient, url: str, headers: dict[str, str]) -> int:
+    async with client.stream("GET", url, headers=headers) as response:
+        size = 0
+        async for piece in response.aiter_raw():
+            size += len(piece)
+            if size > _MOST_READ:
+                break  # a health report of this size is none; its status has been said
+        return response.status_code
+
+
+def _complaint(status: int) -> str | None:
+    match status:
+        case _ if 200 <= status < 300:
+            return None
+        case 401 | 403:
+            return f"it does not accept the gateway's key (status {status})"
+        case 503:
+            return "it is loading, or overloaded (status 503)"
+        case _:
+            return f"status {status}"
+
+
+@attrs.define(eq=False)
+class HealthChecker:
+    """Watches one endpoint for as long as it runs.
+
+    :param every: seconds between probes while all is well; sooner when it is not.
+    :param within: seconds that a probe may take.
+    :param on_flip: told when the endpoint becomes healthy or unhealthy.
+    """
+
+    endpoint: Endpoint
+    probe: Probe
+    client: httpx.AsyncClient
+    every: float
+    within: float
+    on_flip: Callable[[Endpoint], None]
+    jitter: Callable[[], float] = random.random
+    _doubt: trio.Event = attrs.field(factory=trio.Event, init=False)
+
+    async def check(self) -> None:
+        """One probe, whatever it finds."""
+        error = await ask(self.client, self.probe, self.within)
+        if self.endpoint.health.observe(error, trio.current_time()):
+            self.on_flip(self.endpoint)
+
+    async def watch(self) -> NoReturn:
+        """Probe for ever, beginning one interval from now."""
+        while True:
+            soon = self.endpoint.health.in_doubt()
+            pause = min(self.every, _SOON) if soon else self.every
+            with trio.move_on_after(pause * (0.9 + 0.2 * self.jitter())):
+                await self._doubt.wait()
+            self._doubt = trio.Event()
+            await self.check()
+
+    def suspect(self) -> None:
+        """A request could not reach the endpoint: look at it now, not at the next interval."""
+        self._doubt.set()
+
+
+async def check_all(checkers: Sequence[HealthChecker], within: float) -> None:
+    """Probe every endpoint at the same time; return when all are known, or after *within*."""
+    with trio.move_on_after(within):
+        async with trio.open_nursery() as nursery:
+            for checker in checkers:
+                nursery.start_soon(checker.check)

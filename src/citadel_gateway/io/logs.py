@@ -1,0 +1,100 @@
+"""Log lines as JSON, one object a line, written in batches and never in the way of a request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import attrs
+import orjson
+import trio
+
+_MOST_PENDING = 4 * 2**20  # bytes; beyond it lines are dropped and counted
+_EVERY = 0.1
+_SECRETS = re.compile(r"sk-[A-Za-z0-9_-]{6,}|[Bb]earer\s+\S+")
+
+
+@attrs.define(eq=False)
+class JsonLog:
+    """Collects lines and writes them from a thread, so that a slow disk or pipe delays nobody.
+
+    :param descriptor: where lines go; standard error by default.
+    """
+
+    descriptor: int = 2
+    level: int = logging.INFO
+    dropped: int = attrs.field(default=0, init=False)
+    _pending: list[bytes] = attrs.field(factory=list, init=False)
+    _size: int = attrs.field(default=0, init=False)
+
+    def write(self, fields: Mapping[str, Any]) -> None:
+        """Add a line; a time stamp is put in front."""
+        line = orjson.dumps({"ts": _now(), **fields}, default=str, option=orjson.OPT_APPEND_NEWLINE)
+        if self._size + len(line) > _MOST_PENDING:
+            self.dropped += 1
+            return
+        self._pending.append(line)
+        self._size += len(line)
+
+    def event(self, level: int, event: str, **fields: Any) -> None:
+        """A line about the gateway itself."""
+        if level >= self.level:
+            name = logging.getLevelName(level).lower()
+            self.write({"level": name, "event": event, **fields})
+
+    async def flush_for_ever(self) -> NoReturn:
+        while True:
+            await trio.sleep(_EVERY)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what is pending, from a thread that nobody waits for while stopping."""
+        if lines := self._take():
+            await trio.to_thread.run_sync(self._write_out, lines, abandon_on_cancel=True)
+
+    def flush_now(self) -> None:
+        """Write what is pending before anything else happens."""
+        self._write_out(self._take())
+
+    def _take(self) -> list[bytes]:
+        lines, self._pending, self._size = self._pending, [], 0
+        return lines
+
+    def _write_out(self, lines: list[bytes]) -> None:
+        data = b"".join(lines)
+        while data:
+            try:
+                data = data[os.write(self.descriptor, data) :]
+            except OSError:  # a full disk or a closed pipe costs log lines, not the service
+                self.dropped += len(lines)
+                return
+
+
+@attrs.define(eq=False)
+class LogHandler(logging.Handler):
+    """Sends the log records of the libraries that we use to a :class:`JsonLog`."""
+
+    log: JsonLog
+
+    def __attrs_pre_init__(self) -> None:
+        super().__init__()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = redact(record.getMessage())
+        fields: dict[str, Any] = {"logger": record.name}
+        if record.exc_info:
+            fields["exception"] = redact(logging.Formatter().formatException(record.exc_info))
+        self.log.event(record.levelno, message, **fields)
+
+
+def redact(text: str) -> str:
+    """*text* without anything that looks like a credential."""
+    return _SECRETS.sub("[redacted]", text)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

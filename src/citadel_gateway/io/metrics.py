@@ -1,0 +1,250 @@
+"""The gateway's metrics.  Events are counted as they happen; levels are read when asked for.
+
+Every label's values come from the configuration or from an enum, never from a request, so the
+number of series is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import attrs
+import trio
+from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
+
+from citadel_gateway.io.record import Outcome, RequestRecord
+from citadel_gateway.policy.circuit_breaker import State, Transition
+from citadel_gateway.policy.endpoint import Endpoint
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+_OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0,
+)  # fmt: skip
+_DURATION = tuple(0.01 * 2**n for n in range(17))
+_QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_TOKENS = tuple(4.0**n for n in range(14))
+
+BREAKER_LEVEL = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+
+
+@attrs.frozen(kw_only=True)
+class Levels:
+    """What is the case right now."""
+
+    endpoints: tuple[Endpoint, ...]
+    queue_depths: dict[str, int]
+    in_flight: int
+    connections: int
+    upstream_connections: int
+    draining: bool
+    log_lines_dropped: int
+    now: float
+
+
+class Metrics:
+    """All metrics of one gateway, with a registry of their own.
+
+    :param read: returns the levels; called once for each scrape, in the event loop.
+    """
+
+    def __init__(self, read: Callable[[], Levels]) -> None:
+        self._read = read
+        self.registry = r = CollectorRegistry()
+        self._levels = _LevelCollector(read())
+        r.register(self._levels)
+        ProcessCollector(registry=r)
+        GCCollector(registry=r)
+        self._requests = Counter(
+            "citadel_gateway_requests", "Requests that ended, by how they ended.",
+            ["model", "endpoint", "outcome"], registry=r,
+        )  # fmt: skip
+        self._attempts = Counter(
+            "citadel_gateway_attempts", "Requests sent to endpoints.",
+            ["model", "endpoint", "result"], registry=r,
+        )  # fmt: skip
+        self._overhead = Histogram(
+            "citadel_gateway_overhead_seconds",
+            "Latency that the gateway itself added until its answer began.",
+            buckets=_OVERHEAD, registry=r,
+        )  # fmt: skip
+        self._first_token = Histogram(
+            "citadel_gateway_time_to_first_token_seconds",
+            "Arrival of a request to the first content of its stream.",
+            ["model"], buckets=_FIRST_TOKEN, registry=r,
+        )  # fmt: skip
+        self._duration = Histogram(
+            "citadel_gateway_request_duration_seconds", "Arrival of a request to its end.",
+            ["model"], buckets=_DURATION, registry=r,
+        )  # fmt: skip
+        self._tokens = Counter(
+            "citadel_gateway_tokens", "Tokens, as the engines count them.",
+            ["model", "kind"], registry=r,
+        )  # fmt: skip
+        self._token_usage = Histogram(
+            "gen_ai_client_token_usage", "Tokens of one request (OpenTelemetry's name).",
+            ["gen_ai_request_model", "gen_ai_token_type"], buckets=_TOKENS, registry=r,
+        )  # fmt: skip
+        self._queue_wait = Histogram(
+            "citadel_gateway_queue_wait_seconds", "Waiting for a slot, of requests that waited.",
+            ["model"], buckets=_QUEUE, registry=r,
+        )  # fmt: skip
+        self._cancellations = Counter(
+            "citadel_gateway_cancellations", "Requests whose client left, by when it left.",
+            ["phase"], registry=r,
+        )  # fmt: skip
+        self._rejections = Counter(
+            "citadel_gateway_limiter_rejections", "Requests refused by a rate limit.",
+            ["limit"], registry=r,
+        )  # fmt: skip
+        self._transitions = Counter(
+            "citadel_gateway_breaker_transitions", "Changes of a breaker.",
+            ["model", "endpoint", "to"], registry=r,
+        )  # fmt: skip
+        self._malformed = Counter(
+            "citadel_gateway_malformed_events", "Events that were not JSON, dropped.",
+            ["model"], registry=r,
+        )  # fmt: skip
+        self._crashes = Counter(
+            "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
+            ["where"], registry=r,
+        )  # fmt: skip
+        r.register(_Renamed(self._duration, "gen_ai_server_request_duration_seconds"))
+        r.register(_Renamed(self._first_token, "gen_ai_server_time_to_first_token_seconds"))
+        self._children: dict[tuple[object, ...], Counter | Histogram] = {}
+
+    def finished(self, record: RequestRecord) -> None:
+        """Count a request that has ended; called once for each."""
+        outcome = record.outcome or Outcome.INTERNAL_ERROR
+        model = record.model or "none"
+        self._counter(self._requests, model, record.endpoint or "none", outcome.value).inc()
+        self._histogram(self._duration, model).observe(record.ended - record.began)
+        if outcome is Outcome.CLIENT_CLOSED:
+            self._counter(self._cancellations, record.phase.value).inc()
+        if record.attempts:
+            until = record.ended if record.committed is None else record.committed
+            self._overhead.observe(record.overhead(until))
+        if record.stream and record.committed is not None:
+            self._histogram(self._first_token, model).observe(record.committed - record.began)
+        if record.queue_wait:
+            self._histogram(self._queue_wait, model).observe(record.queue_wait)
+        for kind, otel, count in (
+            ("prompt", "input", record.prompt_tokens),
+            ("completion", "output", record.completion_tokens),
+        ):
+            if count:
+                self._counter(self._tokens, model, kind).inc(count)
+                self._histogram(self._token_usage, model, otel).observe(count)
+
+    def attempted(self, endpoint: Endpoint, result: str) -> None:
+        """Count an attempt; *result* is ``ok``, ``cancelled`` or an error code."""
+        self._counter(self._attempts, endpoint.model, endpoint.url, result).inc()
+
+    def rejected(self, limit: str) -> None:
+        self._counter(self._rejections, limit).inc()
+
+    def changed(self, endpoint: Endpoint, transition: Transition) -> None:
+        after = transition.after.value
+        self._counter(self._transitions, endpoint.model, endpoint.url, after).inc()
+
+    def malformed(self, model: str, count: int) -> None:
+        self._counter(self._malformed, model).inc(count)
+
+    def crashed(self, where: str) -> None:
+        self._counter(self._crashes, where).inc()
+
+    async def render(self) -> bytes:
+        """The page that Prometheus scrapes.  Levels are read here, text is made in a thread."""
+        self._levels.levels = self._read()
+        return await trio.to_thread.run_sync(generate_latest, self.registry)
+
+    # `labels()` costs more than counting does, so its results are kept.
+
+    def _counter(self, family: Counter, *values: str) -> Counter:
+        child = self._children.get((family, *values))
+        if child is None:
+            child = self._children[family, *values] = family.labels(*values)
+        return child  # type: ignore[return-value]  # the key holds the family
+
+    def _histogram(self, family: Histogram, *values: str) -> Histogram:
+        child = self._children.get((family, *values))
+        if child is None:
+            child = self._children[family, *values] = family.labels(*values)
+        return child  # type: ignore[return-value]  # the key holds the family
+
+
+@attrs.define(eq=False)
+class _LevelCollector(Collector):
+    levels: Levels
+
+    def collect(self) -> Iterable[Metric]:
+        levels = self.levels
+        yield from self._endpoint_gauges(levels)
+        depth = GaugeMetricFamily(
+            "citadel_gateway_queue_depth", "Requests waiting for a slot.", labels=["model"]
+        )
+        for model, waiting in levels.queue_depths.items():
+            depth.add_metric([model], waiting)
+        yield depth
+        yield GaugeMetricFamily(
+            "citadel_gateway_in_flight_requests", "Requests with an endpoint.", levels.in_flight
+        )
+        yield GaugeMetricFamily(
+            "citadel_gateway_client_connections", "Open client connections.", levels.connections
+        )
+        yield GaugeMetricFamily(
+            "citadel_gateway_upstream_connections",
+            "Open connections to endpoints, idle ones included.",
+            levels.upstream_connections,
+        )
+        yield GaugeMetricFamily(
+            "citadel_gateway_draining", "1 while shutting down.", float(levels.draining)
+        )
+        yield GaugeMetricFamily(
+            "citadel_gateway_log_lines_dropped",
+            "Log lines lost since the start because they could not be written fast enough.",
+            levels.log_lines_dropped,
+        )
+
+    @staticmethod
+    def _endpoint_gauges(levels: Levels) -> Iterator[Metric]:
+        gauges: list[tuple[str, str, Callable[[Endpoint], float]]] = [
+            ("endpoint_healthy", "1 if it passes its probes.", lambda e: e.health.healthy),
+            (
+                "breaker_state",
+                "0 closed, 1 half-open, 2 open.",
+                lambda e: BREAKER_LEVEL[e.breaker.state(levels.now)],
+            ),
+            ("in_flight", "Requests with this endpoint.", lambda e: e.in_flight),
+            ("endpoint_max_concurrent", "The most it may have.", lambda e: e.max_concurrent),
+            ("endpoint_latency_seconds", "Peak EWMA of its latency.", lambda e: e.latency.value),
+        ]
+        for name, doc, value in gauges:
+            family = GaugeMetricFamily(f"citadel_gateway_{name}", doc, labels=["model", "endpoint"])
+            for endpoint in levels.endpoints:
+                family.add_metric([endpoint.model, endpoint.url], float(value(endpoint)))
+            yield family
+
+
+@attrs.define(eq=False)
+class _Renamed(Collector):
+    """A histogram under OpenTelemetry's name as well, at no cost until somebody scrapes it."""
+
+    histogram: Histogram
+    name: str
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self.histogram.collect():
+            doc = f"{metric.documentation} (OpenTelemetry's name)"
+            renamed = Metric(self.name, doc, "histogram")
+            for sample in metric.samples:
+                labels = dict(sample.labels)
+                labels["gen_ai_request_model"] = labels.pop("model")
+                suffix = sample.name.removeprefix(metric.name)
+                renamed.add_sample(self.name + suffix, labels, sample.value)
+            yield renamed

@@ -1,0 +1,97 @@
+"""What is written down about a request while it lives, for metrics and the access log."""
+
+from __future__ import annotations
+
+import enum
+
+import attrs
+
+
+class Phase(enum.Enum):
+    """Where a request is; a client that leaves is counted by the phase it left in."""
+
+    RECEIVING = "receiving"
+    QUEUED = "queued"
+    CONNECTING = "connecting"
+    WAITING = "waiting"
+    STREAMING = "streaming"
+    ANSWERING = "answering"
+
+
+class Outcome(enum.Enum):
+    """How a request ended; every request has exactly one."""
+
+    OK = "ok"
+    INVALID_REQUEST = "invalid_request"
+    UNAUTHORIZED = "unauthorized"
+    UNKNOWN_MODEL = "unknown_model"
+    RATE_LIMITED = "rate_limited"
+    QUEUE_FULL = "queue_full"
+    QUEUE_TIMEOUT = "queue_timeout"
+    NO_BACKEND = "no_healthy_backend"
+    DRAINING = "draining"
+    UPSTREAM_REJECTED = "upstream_rejected"
+    UPSTREAM_ERROR = "upstream_error"
+    TIMEOUT = "timeout"
+    STREAM_BROKEN = "stream_broken"
+    CLIENT_CLOSED = "client_closed"
+    INTERNAL_ERROR = "internal_error"
+
+
+_BY_CODE = {
+    "invalid_api_key": Outcome.UNAUTHORIZED,
+    "model_not_allowed": Outcome.UNAUTHORIZED,
+    "model_not_found": Outcome.UNKNOWN_MODEL,
+    "rate_limit_exceeded": Outcome.RATE_LIMITED,
+    "queue_full": Outcome.QUEUE_FULL,
+    "queue_timeout": Outcome.QUEUE_TIMEOUT,
+    "no_healthy_backend": Outcome.NO_BACKEND,
+    "draining": Outcome.DRAINING,
+    "internal_error": Outcome.INTERNAL_ERROR,
+}
+
+
+@attrs.define(eq=False)
+class RequestRecord:
+    """One request's facts.  Times are Trio's, in seconds; names of models come from the config."""
+
+    request_id: str
+    route: str
+    client: str
+    began: float
+    phase: Phase = Phase.RECEIVING
+    outcome: Outcome | None = None
+    status: int = 0
+    error_code: str | None = None
+    error: str | None = None
+    key_id: str | None = None
+    model: str = ""
+    endpoint: str = ""
+    route_reason: str = ""
+    attempts: int = 0
+    stream: bool = False
+    received: float | None = None  # when the whole request was here
+    committed: float | None = None  # when the head of the answer was sent
+    ended: float = 0.0
+    queue_wait: float = 0.0
+    upstream_wait: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def overhead(self, until: float) -> float:
+        """Seconds that the gateway itself has added up to *until*: neither waiting for the
+        client's body, nor for a slot, nor for an upstream."""
+        began = self.began if self.received is None else self.received
+        return max(0.0, until - began - self.queue_wait - self.upstream_wait)
+
+    def refuse(self, *, status: int, code: str, message: str, by_upstream: bool = False) -> None:
+        """Note the error that the client was told."""
+        self.status, self.error_code, self.error = status, code, message
+        if by_upstream:
+            self.outcome = Outcome.UPSTREAM_ERROR if status >= 500 else Outcome.UPSTREAM_REJECTED
+            if code.startswith("timeout_"):
+                self.outcome = Outcome.TIMEOUT
+        else:
+            self.outcome = _BY_CODE.get(code, Outcome.INVALID_REQUEST)

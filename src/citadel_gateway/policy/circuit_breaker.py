@@ -1,0 +1,217 @@
+"""When to stop asking an endpoint, and when to ask again.
+
+Theory of operation.  A breaker is *closed* while its endpoint does its job.  It *opens* after a
+number of failures in a row, or when too large a share of a sliding window failed, and then
+refuses everything for a while.  When that while is over it is *half-open*: exactly one request,
+the probe, is let through, and its result closes or re-opens the breaker.  OPEN to HALF_OPEN is a
+fact about time, not an event, so nothing has to run for it and there is no timer to leak.
+
+Every transition starts a new *era*.  A permit carries the era it was given in, so a straggler
+from before the last transition says nothing about the endpoint as it is now.  A request that
+was cancelled reports NO_OPINION: the probe slot comes back and nothing is learnt.  Breakers
+without that verdict stay half-open for ever when the probing client hangs up.
+
+Pure: no clock, no I/O, no logging.  Every method takes ``now`` and returns what happened.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+
+import attrs
+
+_BUCKETS = 10  # of the sliding window
+_STEADY = 10  # successes in a row after which earlier trips are forgotten
+_LONGEST = 5  # times the first rest
+
+
+class Verdict(enum.Enum):
+    """What a request says about the endpoint, as opposed to about itself."""
+
+    GOOD = "good"
+    BAD = "bad"
+    NO_OPINION = "none"
+
+
+class State(enum.Enum):
+    CLOSED = "closed"
+    HALF_OPEN = "half_open"
+    OPEN = "open"
+
+
+@attrs.frozen(kw_only=True)
+class BreakerPolicy:
+    """Numbers of a breaker; durations are seconds."""
+
+    threshold: int = 5
+    rest: float = 60.0
+    failure_ratio: float = 0.5
+    window: float = 30.0
+    min_requests: int = 20
+
+
+@attrs.frozen
+class Permit:
+    """Leave to send one request; give it back with :meth:`CircuitBreaker.settle`, once."""
+
+    era: int
+    probe: bool
+
+
+@attrs.frozen
+class Transition:
+    before: State
+    after: State
+    why: str
+
+
+@attrs.define
+class CircuitBreaker:
+    """One endpoint's breaker.
+
+    :param jitter: returns a number from 0 to 1; spreads rests by +-10 %.
+    """
+
+    policy: BreakerPolicy
+    jitter: Callable[[], float]
+    _state: State = attrs.field(default=State.CLOSED, init=False)
+    _era: int = attrs.field(default=0, init=False)
+    _failures: int = attrs.field(default=0, init=False)
+    _successes: int = attrs.field(default=0, init=False)
+    _trips: int = attrs.field(default=0, init=False)
+    _open_until: float = attrs.field(default=-math.inf, init=False)
+    _probe_out: bool = attrs.field(default=False, init=False)
+    _window: Window = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._window = Window(self.policy.window)
+
+    def state(self, now: float) -> State:
+        if self._state is State.OPEN and now >= self._open_until:
+            return State.HALF_OPEN
+        return self._state
+
+    def would_admit(self, now: float) -> bool:
+        """Whether :meth:`admit` would give a permit; changes nothing."""
+        if self._state is State.CLOSED:
+            return True
+        return self.state(now) is State.HALF_OPEN and not self._probe_out
+
+    def admit(self, now: float) -> Permit | None:
+        """Leave to send one request, or ``None``; :meth:`retry_after` says for how long."""
+        if not self.would_admit(now):
+            return None
+        probe = self._state is not State.CLOSED
+        self._probe_out = probe
+        return Permit(self._era, probe)
+
+    def retry_after(self, now: float) -> float:
+        """Seconds until a request may be let through; 1 while a probe is out, 0 when closed."""
+        match self.state(now):
+            case State.CLOSED:
+                return 0.0
+            case State.OPEN:
+                return self._open_until - now
+            case State.HALF_OPEN:
+                return 1.0 if self._probe_out else 0.0
+
+    def settle(self, permit: Permit, verdict: Verdict, now: float) -> Transition | None:
+        """Record how the permitted request went."""
+        if permit.era != self._era:
+            return None  # a straggler from before the last transition
+        if permit.probe:
+            self._probe_out = False
+        match verdict:
+            case Verdict.NO_OPINION:
+                return None
+            case Verdict.GOOD:
+                return self._good(permit, now)
+            case Verdict.BAD:
+                return self._bad(permit, now)
+
+    def ripen(self, now: float) -> Transition | None:
+        """Note that a rest is over, for whoever reports transitions; changes no decision."""
+        if self._state is State.OPEN and now >= self._open_until:
+            self._state = State.HALF_OPEN
+            return Transition(State.OPEN, State.HALF_OPEN, "rest is over")
+        return None
+
+    def opens_again_at(self) -> float | None:
+        """When the current rest ends, if it has not been noted yet."""
+        return self._open_until if self._state is State.OPEN else None
+
+    def _good(self, permit: Permit, now: float) -> Transition | None:
+        self._failures = 0
+        self._successes += 1
+        if self._successes >= _STEADY:
+            self._trips = 0
+        if permit.probe:
+            return self._move(State.CLOSED, "probe succeeded", now)
+        self._window.add(now, failed=False)
+        return None
+
+    def _bad(self, permit: Permit, now: float) -> Transition | None:
+        self._failures += 1
+        self._successes = 0
+        if permit.probe:
+            return self._trip("probe failed", now)
+        self._window.add(now, failed=True)
+        if self._failures >= self.policy.threshold:
+            return self._trip("consecutive failures", now)
+        total, failed = self._window.counts(now)
+        if total >= self.policy.min_requests and failed >= total * self.policy.failure_ratio:
+            return self._trip("failure ratio", now)
+        return None
+
+    def _trip(self, why: str, now: float) -> Transition:
+        rest = self.policy.rest * min(2**self._trips, _LONGEST)
+        self._trips += 1
+        change = self._move(State.OPEN, why, now)
+        self._open_until = now + rest * (0.9 + 0.2 * self.jitter())
+        return change
+
+    def _move(self, after: State, why: str, now: float) -> Transition:
+        change = Transition(self.state(now), after, why)
+        self._state = after
+        self._era += 1
+        self._failures = 0
+        self._probe_out = False
+        self._window.clear()
+        return change
+
+
+@attrs.define
+class Window:
+    """Successes and failures of the last *span* seconds, exact to a tenth of it.
+
+    Counted in buckets rather than as a moving average: an average never forgets, and so can
+    neither say "20 requests" nor "half of them".
+    """
+
+    span: float
+    _totals: list[int] = attrs.field(factory=lambda: [0] * _BUCKETS, init=False)
+    _failed: list[int] = attrs.field(factory=lambda: [0] * _BUCKETS, init=False)
+    _newest: int = attrs.field(default=0, init=False)
+
+    def add(self, now: float, *, failed: bool) -> None:
+        slot = self._advance(now)
+        self._totals[slot] += 1
+        self._failed[slot] += failed
+
+    def counts(self, now: float) -> tuple[int, int]:
+        """How many requests, and how many of them failed."""
+        self._advance(now)
+        return sum(self._totals), sum(self._failed)
+
+    def clear(self) -> None:
+        self._totals = [0] * _BUCKETS
+        self._failed = [0] * _BUCKETS
+
+    def _advance(self, now: float) -> int:
+        current = int(now * _BUCKETS / self.span)
+        for stale in range(max(self._newest + 1, current - _BUCKETS + 1), current + 1):
+            self._totals[stale % _BUCKETS] = self._failed[stale % _BUCKETS] = 0
+        self._newest = max(self._newest, current)
+        return current % _BUCKETS

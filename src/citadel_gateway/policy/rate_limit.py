@@ -1,0 +1,120 @@
+"""How often somebody may ask: token buckets, kept as one number each.
+
+GCRA, the generic cell rate algorithm (ITU-T I.371, annex A): a full bucket is a *theoretical
+arrival time* in the past, spending moves it into the future, and nothing has to run to refill
+it.  The time until the next request fits is therefore exact, and so is ``Retry-After``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import attrs
+
+
+@attrs.define(eq=False)
+class TokenBucket:
+    """A bucket that holds *burst* units and refills with *rate* units a second."""
+
+    rate: float
+    burst: float
+    _tat: float = attrs.field(default=-math.inf, init=False)
+
+    def wait(self, now: float, cost: float = 1.0) -> float:
+        """Seconds until *cost* units fit; 0.0 if they fit now; inf if they never will."""
+        if cost > self.burst:
+            return math.inf
+        return max(0.0, self._after(now, cost) - now - self.burst / self.rate)
+
+    def spend(self, now: float, cost: float = 1.0) -> None:
+        self._tat = self._after(now, cost)
+
+    def remaining(self, now: float) -> int:
+        """Whole units that would fit now."""
+        filled = self.burst - (max(self._tat, now) - now) * self.rate
+        return max(0, math.floor(filled + 1e-9))
+
+    def reset(self, now: float) -> float:
+        """Seconds until the bucket is full again."""
+        return max(0.0, self._tat - now)
+
+    def is_full(self, now: float) -> bool:
+        return self._tat <= now
+
+    def _after(self, now: float, cost: float) -> float:
+        return max(self._tat, now) + cost / self.rate
+
+
+@attrs.frozen
+class Allowance:
+    """What the tightest bucket says after a request was let through."""
+
+    limit: int
+    remaining: int
+    reset: float
+
+
+@attrs.frozen
+class Refusal:
+    """Which limit refused, and when the same request would be let through."""
+
+    limit: str
+    retry_after: float
+    allowance: Allowance
+
+
+def take(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance | Refusal:
+    """Spend one unit of every bucket, or of none: who is refused by one pays no other.
+
+    :param buckets: the limits that apply, by name; at least one.
+    """
+    wait, name, bucket = max(((b.wait(now), n, b) for n, b in buckets), key=lambda x: x[0])
+    if wait > 0:
+        return Refusal(name, wait, _allowance(bucket, now))
+    for _, each in buckets:
+        each.spend(now)
+    tightest = min((b for _, b in buckets), key=lambda b: b.remaining(now) / b.burst)
+    return _allowance(tightest, now)
+
+
+def _allowance(bucket: TokenBucket, now: float) -> Allowance:
+    return Allowance(int(bucket.burst), bucket.remaining(now), bucket.reset(now))
+
+
+@attrs.define(eq=False)
+class ClientBuckets:
+    """A bucket for each client, in bounded memory.
+
+    A full bucket carries no information and may be forgotten at any time; others are kept, least
+    recently used last, up to *most*.
+    """
+
+    rate: float
+    burst: float
+    most: int = 10_000
+    _buckets: OrderedDict[str, TokenBucket] = attrs.field(factory=OrderedDict, init=False)
+
+    def of(self, client: str, now: float) -> TokenBucket:
+        found = self._buckets.get(client)
+        if found is None:
+            self._make_room(now)
+            found = self._buckets[client] = TokenBucket(self.rate, self.burst)
+        else:
+            self._buckets.move_to_end(client)
+        return found
+
+    def forget_full(self, now: float) -> int:
+        """Drop every bucket that is full again; returns how many."""
+        full = [client for client, bucket in self._buckets.items() if bucket.is_full(now)]
+        for client in full:
+            del self._buckets[client]
+        return len(full)
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def _make_room(self, now: float) -> None:
+        if len(self._buckets) >= self.most and not self.forget_full(now):
+            self._buckets.popitem(last=False)

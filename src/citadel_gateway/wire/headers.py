@@ -1,0 +1,53 @@
+"""Which headers pass, and which are made anew.
+
+Requests to an upstream are built from an allow-list and never copied, so neither a client's
+credentials nor anything hop-by-hop can reach it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from typing import TypeAlias
+
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+"""Names in lower case, in the order received."""
+
+_TRACING = frozenset({b"traceparent", b"tracestate"})
+_REQUEST_ID_SOURCES = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"request-id")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
+
+
+def first(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """The first value of *name*, which is in lower case."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+def values(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
+    return [value for key, value in headers if key == name]
+
+
+def request_id(headers: Headers) -> str:
+    """The caller's own id if it sent a sane one, else a new one of 32 hexadecimal digits."""
+    for source in _REQUEST_ID_SOURCES:
+        value = first(headers, source)
+        if value is not None and _REQUEST_ID.match(value):
+            return value.decode("ascii")
+    return secrets.token_hex(16)
+
+
+def tracing(headers: Headers) -> Headers:
+    """The W3C trace context, which passes through unchanged."""
+    return [pair for pair in headers if pair[0] in _TRACING]
+
+
+def duration_ms(seconds: float) -> str:
+    """A duration as rate limit headers write it: ``250ms``, ``1s``, ``6m0s``."""
+    if seconds < 1:
+        return f"{round(seconds * 1000)}ms"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"

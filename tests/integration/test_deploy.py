@@ -1,0 +1,177 @@
+"""What is shipped for the service manager and for Prometheus is accepted by their own tools."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from citadel_gateway import errors
+from citadel_gateway.config.schema import ServiceConfig
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+UNIT = DEPLOY / "systemd" / "citadel-llm@.service"
+PROMETHEUS = DEPLOY / "prometheus"
+
+INSTANCE = "unified-api-gateway"
+"""What the task's commands start: ``citadel-llm@unified-api-gateway.service``."""
+
+WORST_SCORE = 1.5
+"""Of systemd's 0 (locked up) to 10 (unsafe); a unit without hardening scores about 9.5."""
+
+
+def run(program: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"{program} is not installed (`make tools` installs it)")
+    return subprocess.run(
+        [found, *args], cwd=cwd, text=True, capture_output=True, timeout=60, check=False
+    )
+
+
+def said(result: subprocess.CompletedProcess[str]) -> str:
+    return result.stdout + result.stderr
+
+
+def settings() -> dict[str, list[str]]:
+    """The unit's assignments for the task's instance; a list, since keys may be repeated."""
+    found = defaultdict(list)
+    for line in UNIT.read_text().splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found[key].append(value.replace("%i", INSTANCE))
+    return dict(found)
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit under its instance's name, with a program that exists on every machine.
+
+    ``verify`` insists on an executable, and the gateway is not in /opt/citadel here.
+    """
+    text, replaced = re.subn(r"(?m)^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text())
+    assert replaced == 1
+    path = tmp_path / f"citadel-llm@{INSTANCE}.service"
+    path.write_text(text)
+    return path
+
+
+def test_systemd_finds_nothing_to_say_about_the_unit(unit: Path) -> None:
+    result = run("systemd-analyze", "verify", "--man=no", str(unit))
+
+    # Unknown keys and bad values are only warned about, with status 0.
+    assert (result.returncode, said(result)) == (0, "")
+
+
+def test_verification_would_notice_a_misspelt_key(unit: Path) -> None:
+    unit.write_text(unit.read_text().replace("WatchdogSec=", "WatchDogSeconds="))
+
+    assert "WatchDogSeconds" in said(run("systemd-analyze", "verify", "--man=no", str(unit)))
+
+
+def test_the_unit_is_locked_down(unit: Path) -> None:
+    limit = f"--threshold={round(WORST_SCORE * 10)}"
+
+    result = run("systemd-analyze", "security", "--offline=yes", "--no-pager", limit, str(unit))
+
+    score = re.search(r"exposure level for \S+: ([\d.]+)", result.stdout)
+    assert score is not None, said(result)
+    assert float(score[1]) <= WORST_SCORE, result.stdout
+    assert result.returncode == 0
+
+
+def test_the_unit_has_the_paths_of_the_task() -> None:
+    unit = settings()
+
+    assert unit["ExecStart"] == [
+        "/opt/citadel/env/bin/citadel-gateway serve "
+        "--config /opt/citadel/config/services/unified-api-gateway.yaml"
+    ]
+    assert unit["EnvironmentFile"] == ["-/opt/citadel/config/unified-api-gateway.env"]
+    # Below /var/log.
+    assert unit["LogsDirectory"] == ["citadel-llm/unified-api-gateway"]
+
+
+def test_the_unit_allots_two_gigabytes_and_four_cores() -> None:
+    unit = settings()
+
+    assert unit["MemoryMax"] == ["2G"]
+    assert unit["CPUQuota"] == ["400%"]
+    assert unit["MemoryHigh"] == ["1900M"]  # slowed down before it is killed at 2048
+
+
+def test_the_unit_waits_for_the_drain_and_a_little_longer() -> None:
+    service = ServiceConfig()
+
+    assert settings()["TimeoutStopSec"] == [f"{service.lame_duck + service.drain_timeout + 15:g}"]
+
+
+def test_a_bad_configuration_is_not_tried_again() -> None:
+    unit = settings()
+
+    assert unit["Restart"] == ["on-failure"]
+    assert unit["RestartPreventExitStatus"] == ["78"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("check", "config", "prometheus.yml"),
+        ("check", "rules", "alerts.yml"),
+        ("test", "rules", "alerts_test.yml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_accepts(command: tuple[str, ...]) -> None:
+    result = run("promtool", *command, cwd=PROMETHEUS)
+
+    assert result.returncode == 0, said(result)
+    assert "SUCCESS" in said(result)
+
+
+def test_every_alert_is_tested() -> None:
+    alerts = re.findall(r"- alert: (\w+)", (PROMETHEUS / "alerts.yml").read_text())
+    tests = (PROMETHEUS / "alerts_test.yml").read_text()
+
+    fired = set(re.findall(r"alertname: (\w+)\n\s+exp_alerts:\n\s+- exp_labels", tests))
+    assert fired == set(alerts)
+
+
+def test_alerts_count_our_failures_and_not_the_callers() -> None:
+    lists = re.findall(r'outcome=~"([^"]+)"', (PROMETHEUS / "alerts.yml").read_text())
+    ours = [
+        errors.queue_full("m", 1.0),
+        errors.queue_timeout("m", 1.0, 1.0),
+        errors.no_healthy_backend("m", 1.0),
+        errors.timed_out("idle", 1.0),
+        errors.upstream_failed("refused", "upstream_connection_error"),
+        errors.internal_error(),
+    ]
+    theirs = [
+        errors.invalid_request("no"),
+        errors.body_too_large(1),
+        errors.unknown_model("m", []),
+        errors.unauthorized("no"),
+        errors.model_not_allowed("m"),
+        errors.rate_limited("no", 1.0),
+        errors.draining(),
+    ]
+
+    assert len(lists) == 4
+    assert len(set(lists)) == 1
+    assert [e.code for e in ours if not re.fullmatch(lists[0], e.code)] == []
+    assert [e.code for e in theirs if re.fullmatch(lists[0], e.code)] == []
+
+
+def test_prometheus_scrapes_the_metrics_listener_from_another_address() -> None:
+    text = (PROMETHEUS / "prometheus.yml").read_text()
+
+    assert (
+        'job_name: citadel-gateway\n    static_configs:\n      - targets: ["127.0.0.1:9090"]'
+        in text
+    )
+    assert "--web.listen-address=127.0.0.1:9099" in text
