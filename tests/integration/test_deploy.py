@@ -107,7 +107,8 @@ def test_the_unit_allots_two_gigabytes_and_four_cores() -> None:
 def test_the_unit_waits_for_the_drain_and_a_little_longer() -> None:
     service = ServiceConfig()
 
-    assert settings()["TimeoutStopSec"] == [f"{service.lame_duck + service.drain_timeout + 15:g}"]
+    [stop_within] = settings()["TimeoutStopSec"]
+    assert float(stop_within) >= service.lame_duck + service.drain_timeout + 15
 
 
 def test_a_bad_configuration_is_not_tried_again() -> None:

@@ -89,8 +89,7 @@ class ClientResponse:
 
     def _commit(self, status: int) -> None:
         self.started = True
-        self.record.status = status
-        self.record.committed = trio.current_time()
+        self.record.commit(status, trio.current_time())
 
     async def _send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         self.ending = True
@@ -109,7 +108,6 @@ class ClientResponse:
             found.append((b"x-citadel-backend", record.endpoint.encode()))
         if record.route_reason:
             found.append((b"x-citadel-route-reason", record.route_reason.encode()))
-        if record.committed is not None:
-            overhead = record.overhead(record.committed) * 1000
-            found.append((b"x-citadel-overhead-ms", b"%.2f" % overhead))
+        if record.overhead is not None:
+            found.append((b"x-citadel-overhead-ms", b"%.2f" % (record.overhead * 1000)))
         return found

@@ -34,9 +34,9 @@ def access_line(record: RequestRecord) -> dict[str, Any]:
         "prompt_tokens": record.prompt_tokens or None,
         "completion_tokens": record.completion_tokens or None,
     }
-    if record.committed is not None and record.attempts:
+    if record.committed is not None and record.overhead is not None:
         fields["first_byte_ms"] = _ms(record.committed - record.began)
-        fields["overhead_ms"] = _ms(record.overhead(record.committed))
+        fields["overhead_ms"] = _ms(record.overhead)
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -58,6 +58,7 @@ class Connection:
         """Expect a new response."""
         self.response = ResponseParser(bodiless=bodiless)
         self.requests += 1
+        self.waited = 0.0
         self._busy = True
 
     async def read_head(self) -> ResponseParser:

@@ -126,9 +126,8 @@ class Metrics:
         self._histogram(self._duration, model).observe(record.ended - record.began)
         if outcome is Outcome.CLIENT_CLOSED:
             self._counter(self._cancellations, record.phase.value).inc()
-        if record.attempts:
-            until = record.ended if record.committed is None else record.committed
-            self._overhead.observe(record.overhead(until))
+        if record.attempts and record.overhead is not None:
+            self._overhead.observe(record.overhead)
         if record.stream and record.committed is not None:
             self._histogram(self._first_token, model).observe(record.committed - record.began)
         if record.queue_wait:

@@ -72,6 +72,7 @@ class RequestRecord:
     stream: bool = False
     received: float | None = None  # when the whole request was here
     committed: float | None = None  # when the head of the answer was sent
+    overhead: float | None = None  # seconds that the gateway itself had added by then
     ended: float = 0.0
     queue_wait: float = 0.0
     upstream_wait: float = 0.0
@@ -80,11 +81,15 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def overhead(self, until: float) -> float:
-        """Seconds that the gateway itself has added up to *until*: neither waiting for the
-        client's body, nor for a slot, nor for an upstream."""
+    def commit(self, status: int, now: float) -> None:
+        """The answer begins.
+
+        What the gateway has added until now is what is left of the time without the waits for
+        the client's body, for a slot, and for upstreams.
+        """
+        self.status, self.committed = status, now
         began = self.began if self.received is None else self.received
-        return max(0.0, until - began - self.queue_wait - self.upstream_wait)
+        self.overhead = max(0.0, now - began - self.queue_wait - self.upstream_wait)
 
     def refuse(self, *, status: int, code: str, message: str, by_upstream: bool = False) -> None:
         """Note the error that the client was told."""

@@ -1,0 +1,5 @@
+"""The load balancer."""
+
+from citadel_gateway.app.load_balancer import LoadBalancer
+
+__all__ = ["LoadBalancer"]
