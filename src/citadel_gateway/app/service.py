@@ -118,8 +118,10 @@ class UnifiedAPIGatewayService:
         return trio.run(self._probe_once)
 
     async def _probe_once(self) -> dict[str, Any]:
-        await self.balancer.probe_once(self._checkers)
-        await self.pool.aclose()
+        # Over connections of their own: the service's pool must still be good for `run`.
+        pool = ConnectionPool(self.pool.connect, clock=trio.current_time)
+        async with make_probe_client(pool) as client:
+            await self.balancer.probe_once(self.balancer.make_checkers(client))
         return self.reports.health(trio.current_time())
 
     # Living and dying.
