@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
-from citadel_gateway.config.structure import Problem, Steps
+from citadel_gateway.config.problems import Problem, Steps
 
 _SWITCHES = {
     "true": True, "yes": True, "on": True, "1": True,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from ipaddress import ip_address
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -14,10 +13,10 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from citadel_gateway.config.environment import overlay
-from citadel_gateway.config.schema import GatewayConfigSchema, ModelConfig, ServiceConfig
-from citadel_gateway.config.structure import InvalidConfig, Problem, Steps, structure, suggestion
-
-AUTO = "auto"
+from citadel_gateway.config.problems import InvalidConfig, Problem, Steps
+from citadel_gateway.config.rules import cross_field_problems
+from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.config.structure import structure
 
 
 class ConfigError(Exception):
@@ -64,15 +63,12 @@ def _build(raw: object, environ: Mapping[str, str]) -> GatewayConfigSchema:
     problems = list(laid.problems)
     try:
         config = structure(laid.raw, environ)
-        problems += _rules(config)
+        problems += cross_field_problems(config)
     except InvalidConfig as exc:
         problems += exc.problems
     if problems:
         raise InvalidConfig(map(laid.rename, problems))
     return config
-
-
-# --- The file
 
 
 def _read(source: str) -> str:
@@ -133,104 +129,3 @@ def _line(node: object, path: Steps) -> int | None:
             break
         node = node[step]
     return line
-
-
-# --- Rules that span fields
-
-
-def _rules(config: GatewayConfigSchema) -> Iterator[Problem]:
-    yield from _alias_rules(config)
-    default = config.gateway.default_model
-    aliases = {alias for model in config.models.values() for alias in model.aliases}
-    if default is not None and default not in aliases:
-        yield from _must_be_models(config, ("gateway", "default_model"), [default])
-    for name, model in config.models.items():
-        yield from _model_rules(config, name, model)
-    yield from _key_rules(config)
-    yield from _listener_rules(config)
-    origins = config.security.cors.allow_origins
-    if "*" in origins and len(origins) > 1:
-        yield Problem(("security", "cors", "allow_origins"), "'*' already allows all the others")
-
-
-def _alias_rules(config: GatewayConfigSchema) -> Iterator[Problem]:
-    if AUTO in config.models:
-        yield Problem(("models", AUTO), "'auto' is reserved for requests that leave the choice")
-    owners: dict[str, str] = {}
-    for name, model in config.models.items():
-        for index, alias in enumerate(model.aliases):
-            path = ("models", name, "aliases", index)
-            if alias == AUTO:
-                yield Problem(path, "'auto' is reserved for requests that leave the choice")
-            elif alias in config.models:
-                yield Problem(path, f"{alias!r} is the name of a model")
-            elif alias in owners:
-                yield Problem(path, f"{alias!r} is already an alias of {owners[alias]!r}")
-            owners.setdefault(alias, name)
-
-
-def _must_be_models(
-    config: GatewayConfigSchema, path: Steps, names: Iterable[str]
-) -> Iterator[Problem]:
-    for name in names:
-        if name not in config.models:
-            hint = suggestion(name, config.models) or f"; models: {', '.join(config.models)}"
-            yield Problem(path, f"{name!r} is not a model{hint}")
-
-
-def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> Iterator[Problem]:
-    path = ("models", name)
-    if not model.all_endpoints():
-        yield Problem(path, "needs `endpoint` or `endpoints`")
-    seen = {model.endpoint}
-    for index, endpoint in enumerate(model.endpoints):
-        if endpoint.url in seen:
-            yield Problem((*path, "endpoints", index, "url"), f"{endpoint.url} is there twice")
-        seen.add(endpoint.url)
-    for index, fallback in enumerate(model.fallbacks):
-        where = (*path, "fallbacks", index)
-        if fallback == name:
-            yield Problem(where, "a model cannot be its own fallback")
-        yield from _must_be_models(config, where, [fallback])
-
-
-def _key_rules(config: GatewayConfigSchema) -> Iterator[Problem]:
-    seen: set[str] = set()
-    for index, key in enumerate(config.security.api_keys):
-        path = ("security", "api_keys", index)
-        if key.id in seen:
-            yield Problem((*path, "id"), f"{key.id!r} is there twice")
-        seen.add(key.id)
-        for place, model in enumerate(key.allowed_models):
-            yield from _must_be_models(config, (*path, "allowed_models", place), [model])
-
-
-def _listener_rules(config: GatewayConfigSchema) -> Iterator[Problem]:
-    service, monitoring = config.service, config.monitoring
-    yield from _tls_rules(service)
-    port = monitoring.prometheus_port
-    if port and port == service.port and _overlap(service.host, monitoring.prometheus_host):
-        yield Problem(
-            ("monitoring", "prometheus_port"), f"{port} is service.port, too, on the same host"
-        )
-    if monitoring.metrics_endpoint == monitoring.health_check_endpoint:
-        yield Problem(("monitoring", "metrics_endpoint"), "is the health_check_endpoint, too")
-
-
-def _tls_rules(service: ServiceConfig) -> Iterator[Problem]:
-    if service.tls_certfile and not service.tls_keyfile:
-        yield Problem(("service", "tls_keyfile"), "is required with tls_certfile")
-    if service.tls_keyfile and not service.tls_certfile:
-        yield Problem(("service", "tls_certfile"), "is required with tls_keyfile")
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two addresses could fight for a port: a wildcard covers all the others."""
-    return one == other or _is_wildcard(one) or _is_wildcard(other)
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ip_address(host).is_unspecified
-    except ValueError:  # a host name
-        return False

@@ -1,7 +1,7 @@
 """Types of single values: a rule about one value lives in its type, so errors can name its path.
 
 attrs validators would run in ``__init__`` and be reported at the class; a structure hook per type
-is reported at the field.  The hooks are in :mod:`citadel_gateway.config.structure`.
+is reported at the field.  The hooks are in :mod:`citadel_gateway.config.hooks`.
 """
 
 from __future__ import annotations
