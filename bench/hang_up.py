@@ -71,8 +71,16 @@ async def _trickle(stream: trio.SocketStream) -> None:
         await trio.sleep(0.05)
 
 
-async def leaver(port: int, name: str, streamed: bool, watch: Watch, leave: trio.Event,
-                 ready: trio.Event, waiting: list[str], left: dict[str, float]) -> None:  # fmt: skip
+async def leaver(
+    port: int,
+    name: str,
+    streamed: bool,
+    watch: Watch,
+    leave: trio.Event,
+    ready: trio.Event,
+    waiting: list[str],
+    left: dict[str, float],
+) -> None:
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     await stream.send_all(encode(STREAM if streamed else WHOLE, name))
     await watch.expect(name).wait()

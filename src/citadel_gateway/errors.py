@@ -83,6 +83,29 @@ def unknown_model(model: str, known: list[str]) -> GatewayError:
     )  # fmt: skip
 
 
+def not_found(path: str) -> GatewayError:
+    return GatewayError(f"There is nothing at {path}.", 404, "invalid_request_error", "not_found")
+
+
+def method_not_allowed(method: str, path: str, allowed: str) -> GatewayError:
+    return GatewayError(
+        f"{method} is not allowed at {path}; {allowed} is.",
+        405, "invalid_request_error", "method_not_allowed",
+        headers=((b"allow", allowed.encode("ascii")),),
+    )  # fmt: skip
+
+
+def unsupported_media_type(message: str, header: str = "content-type") -> GatewayError:
+    return GatewayError(message, 415, "invalid_request_error", "unsupported_media_type", header)
+
+
+def gateway_exhausted() -> GatewayError:
+    return GatewayError(
+        "The gateway has run out of sockets.", 503, "server_error", "gateway_exhausted",
+        retry_after=1.0,
+    )  # fmt: skip
+
+
 def unauthorized(message: str) -> GatewayError:
     return GatewayError(
         message, 401, "invalid_request_error", "invalid_api_key",

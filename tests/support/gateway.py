@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -188,33 +188,53 @@ class World:
         assert [line for line in self.log.lines if line["event"] == "crash"] == []
 
 
+@contextmanager
+def repeatable(seed: int) -> Iterator[None]:
+    """Trio shuffles the tasks that are ready; here it does so in the same way each time.
+
+    These are the names that Trio made for Hypothesis, which has no public way to them either.
+    """
+    core, before = trio._core._run, trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING
+    core._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
+    core._r.seed(seed)
+    try:
+        yield
+    finally:
+        core._ALLOW_DETERMINISTIC_SCHEDULING = before  # type: ignore[misc]
+
+
 @asynccontextmanager
 async def running_gateway(config: Mapping[str, Any], *, seed: int = 0) -> AsyncIterator[World]:
     """A gateway with a scripted engine behind each of its endpoints, all of them healthy.
 
-    Once the body is done, everything that it began must have been given back.
+    Once the body is done, everything that it began must have been given back.  The same *seed*
+    gives the same run, down to which of several tasks goes first.
     """
-    async with trio.open_nursery() as nursery:
-        net, log = MemoryNet(nursery), CapturedLog()
+    with repeatable(seed):
+        async with trio.open_nursery() as nursery:
+            net, log = MemoryNet(nursery), CapturedLog()
 
-        async def connect(origin: Origin) -> anyio.abc.ByteStream:
-            return await net.connect(origin.host, origin.port)
+            async def connect(origin: Origin) -> anyio.abc.ByteStream:
+                return await net.connect(origin.host, origin.port)
 
-        service = UnifiedAPIGatewayService(
-            parse(dict(config), source="test"), connect=connect, rng=random.Random(seed), log=log
-        )
-        engines = {}
-        for upstream in service.balancer.upstreams:
-            origin = upstream.target.origin
-            engines[origin.host] = ScriptedEngine()
-            net.listen(origin.host, origin.port, engines[origin.host].serve)
-        async with service.open(), trio.open_nursery() as connections:
-            world = World(service, net, log, engines, connections)
-            yield world
-            await trio.sleep(_SETTLES)
-            world.assert_at_rest()
-            connections.cancel_scope.cancel()
-        nursery.cancel_scope.cancel()
+            service = UnifiedAPIGatewayService(
+                parse(dict(config), source="test"),
+                connect=connect,
+                rng=random.Random(seed),
+                log=log,
+            )
+            engines = {}
+            for upstream in service.balancer.upstreams:
+                origin = upstream.target.origin
+                engines[origin.host] = ScriptedEngine()
+                net.listen(origin.host, origin.port, engines[origin.host].serve)
+            async with service.open(), trio.open_nursery() as connections:
+                world = World(service, net, log, engines, connections)
+                yield world
+                await trio.sleep(_SETTLES)
+                world.assert_at_rest()
+                connections.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
 
 async def gather(*calls: Any) -> list[Any]:

@@ -105,6 +105,7 @@ class ClientResponse:
         found.append((b"x-citadel-attempts", b"%d" % record.attempts))
         if record.model:
             found.append((b"x-citadel-model", record.model.encode()))
+        if record.endpoint:
             found.append((b"x-citadel-backend", record.endpoint.encode()))
         if record.route_reason:
             found.append((b"x-citadel-route-reason", record.route_reason.encode()))

@@ -9,7 +9,7 @@ import attrs
 
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.relay import ROUTES, Receive, Relay, Send
-from citadel_gateway.errors import GatewayError
+from citadel_gateway.errors import method_not_allowed
 from citadel_gateway.wire.headers import Headers, first, request_id
 
 _SECURITY: Headers = [(b"x-content-type-options", b"nosniff")]
@@ -39,13 +39,9 @@ class Front:
         elif method == "POST":
             await self.relay(scope, receive, send, self.cors.headers(headers))
         else:
-            error = GatewayError(
-                f"{method} is not allowed at {scope['path']}.",
-                405, "invalid_request_error", "method_not_allowed",
-                headers=((b"allow", b"POST"), (b"content-type", b"application/json")),
-            )  # fmt: skip
-            send = self._decorate(scope, send)
-            await _respond(send, 405, list(error.headers), error.body())
+            error = method_not_allowed(method, scope["path"], "POST")
+            found = [(b"content-type", b"application/json"), *error.all_headers()]
+            await _respond(self._decorate(scope, send), error.status, found, error.body())
 
     def _decorate(self, scope: dict[str, Any], send: Send) -> Send:
         extra = [

@@ -12,18 +12,14 @@ import trio
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
 from citadel_gateway.config.schema import LoadBalancerConfig, TimeoutsConfig
 from citadel_gateway.config.values import RetryAmbiguous
-from citadel_gateway.errors import no_healthy_backend, queue_full, queue_timeout
+from citadel_gateway.errors import GatewayError, no_healthy_backend, queue_full, queue_timeout
 from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.metrics import Metrics
-from citadel_gateway.io.record import Phase, RequestRecord
-from citadel_gateway.io.upstream import (
-    Call,
-    Sink,
-    Timing,
-    UpstreamClient,
-    UpstreamFailure,
-    WholeAnswer,
-)
+from citadel_gateway.io.record import Phase, RequestRecord, is_our_finding
+from citadel_gateway.io.stream_relay import Sink
+from citadel_gateway.io.target import Call, Timing
+from citadel_gateway.io.upstream import UpstreamClient, WholeAnswer
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.retry import Retry, RetryBudget
@@ -168,7 +164,7 @@ class GatewayOrchestrator:
                 record.completion_tokens = answer.usage.completion_tokens
             result = "ok"
         except UpstreamFailure as failure:
-            result = failure.error.code
+            result = _result(failure.error)
             raise
         finally:
             self.metrics.attempted(endpoint, result)
@@ -210,7 +206,7 @@ class GatewayOrchestrator:
             return True
         if failure.error.code == "context_length_exceeded":
             journey.keep_only(self.balancer.larger_contexts(upstream.endpoint.model, journey.later))
-            return journey.next_group() and self.budget.withdraw(now)
+            return journey.next_group() and self._can_afford(failure, now)
         match failure.judgement.retry:
             case Retry.NEVER:
                 return False
@@ -218,7 +214,14 @@ class GatewayOrchestrator:
                 return False
         journey.tried.add(upstream.endpoint)
         journey.aim()
-        return journey.has_somewhere_to_go(now) and self.budget.withdraw(now)
+        return journey.has_somewhere_to_go(now) and self._can_afford(failure, now)
+
+    def _can_afford(self, failure: UpstreamFailure, now: float) -> bool:
+        """Whether there is budget for a retry; if not, the client had better not retry either."""
+        if self.budget.withdraw(now):
+            return True
+        failure.error.should_retry = False
+        return False
 
     def _may_repeat(self, journey: _Journey, failure: UpstreamFailure) -> bool:
         """Whether a request that may have been executed may be sent once more."""
@@ -284,6 +287,11 @@ class _Journey:
 
     def has_somewhere_to_go(self, now: float) -> bool:
         return bool(self.groups) or self.group.is_any_left(self.tried, now)
+
+
+def _result(error: GatewayError) -> str:
+    """A failed attempt's label, from a closed set: an engine's own code may be anything."""
+    return error.code if is_our_finding(error.code) else f"upstream_{error.status}"
 
 
 def _refuses_usage(upstream: Upstream, request: InferenceRequest, failure: UpstreamFailure) -> bool:

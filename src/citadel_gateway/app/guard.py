@@ -15,6 +15,7 @@ from citadel_gateway.errors import (
     invalid_request,
     rate_limited,
     unauthorized,
+    unsupported_media_type,
 )
 from citadel_gateway.policy.auth import ApiKey, KeyRing
 from citadel_gateway.policy.rate_limit import (
@@ -152,16 +153,12 @@ class Doorkeeper:
         if len(content_types) > 1:
             raise invalid_request("There is more than one Content-Type.", param="content-type")
         if content_types and not _is_json(content_types[0]):
-            raise invalid_request(
-                "The Content-Type must be application/json.",
-                param="content-type", code="unsupported_media_type", status=415,
-            )  # fmt: skip
+            raise unsupported_media_type("The Content-Type must be application/json.")
         encoding = first(headers, b"content-encoding")
         if encoding is not None and encoding.lower() != b"identity":
-            raise invalid_request(
-                "Compressed request bodies are not accepted.",
-                param="content-encoding", code="unsupported_media_type", status=415,
-            )  # fmt: skip
+            raise unsupported_media_type(
+                "Compressed request bodies are not accepted.", "content-encoding"
+            )
         length = first(headers, b"content-length")
         if length is not None and length.isdigit() and int(length) > self._most_bytes:
             raise body_too_large(self._most_bytes)

@@ -14,8 +14,8 @@ from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.config.schema import LoadBalancerConfig, ModelConfig
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
 from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
+from citadel_gateway.io.target import Target
 from citadel_gateway.io.transport import make_probe_client
-from citadel_gateway.io.upstream import Target
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
 from citadel_gateway.policy.endpoint import Endpoint

@@ -33,9 +33,6 @@ HEADERS: dict[str, Schema] = {
     "x-ratelimit-limit-requests": one("integer", "Requests that the tightest limit allows."),
     "x-ratelimit-remaining-requests": one("integer", "Requests left of it."),
     "x-ratelimit-reset-requests": one("string", "Until all of it is back, such as `1s` or `6m0s`."),
-    "x-ratelimit-limit-tokens": one("integer", "Where tokens are limited: as for requests."),
-    "x-ratelimit-remaining-tokens": one("integer", "Where tokens are limited: as for requests."),
-    "x-ratelimit-reset-tokens": one("string", "Where tokens are limited: as for requests."),
     "www-authenticate": one("string", "How to authenticate.", const="Bearer"),
     "allow": one("string", "The methods that the path has."),
 }  # fmt: skip
@@ -82,26 +79,31 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
           ("invalid_api_key",)),
     403: ("The key may not use the model.", "permission_error", ("model_not_allowed",)),
     404: ("There is no such model or path.", "invalid_request_error",
-          ("model_not_found", "invalid_request")),
-    405: ("The path has no such method.", "invalid_request_error", ("invalid_request",)),
+          ("model_not_found", "not_found")),
+    405: ("The path has no such method.", "invalid_request_error", ("method_not_allowed",)),
     413: ("The body is larger than `performance.max_body_bytes`.", "invalid_request_error",
           ("request_too_large",)),
-    415: ("The body is not JSON.", "invalid_request_error", ("invalid_request",)),
+    415: ("The body is not JSON.", "invalid_request_error", ("unsupported_media_type",)),
     429: ("Over the caller's own limit, or the engine's.", "requests",
           ("rate_limit_exceeded", "upstream_overloaded")),
-    431: ("The head of the request is too large.", "invalid_request_error", ("invalid_request",)),
+    431: ("The head of the request is too large.", "invalid_request_error", ("bad_http_request",)),
     500: ("The gateway failed.", "server_error", ("internal_error",)),
     502: ("The engine failed, and no other could take over.", "server_error",
           ("upstream_connection_error", "upstream_protocol_error", "upstream_redirect",
            "upstream_credentials_exhausted")),
     503: ("No room or no healthy endpoint now.", "server_error",
           ("no_healthy_backend", "draining", "queue_full", "queue_timeout",
-           "upstream_overloaded")),
+           "upstream_overloaded", "gateway_exhausted")),
     504: ("A clock ran out.", "server_error",
           ("timeout_connect", "timeout_headers", "timeout_first_token", "timeout_idle",
            "timeout_total")),
 }  # fmt: skip
 
+PARAMS = {
+    "model_not_found": "model",
+    "model_not_allowed": "model",
+    "unsupported_media_type": "content-type",
+}
 QUEUE_CODES = {"queue_full", "queue_timeout"}  # these alone are of type server_overloaded
 
 ERROR_HEADERS: dict[int, list[str]] = {
@@ -321,7 +323,7 @@ def error(status: int) -> dict[str, Any]:
                 "error": {
                     "message": doc,
                     "type": "server_overloaded" if code in QUEUE_CODES else kind,
-                    "param": "model" if code.startswith("model_") else None,
+                    "param": PARAMS.get(code),
                     "code": code,
                 }
             }

@@ -17,9 +17,9 @@ from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, Job
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.errors import GatewayError, body_too_large, draining, internal_error
+from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_server import CANCELS, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
-from citadel_gateway.io.upstream import UpstreamFailure
 from citadel_gateway.wire.headers import Headers, request_id, tracing
 from citadel_gateway.wire.openai_request import Kind, parse_request
 
@@ -56,11 +56,16 @@ class Relay:
             await self._serve(scope, receive, response)
             return
         # A server that only tells us when the client leaves: watch for it beside the work.
-        inbox = _Inbox(receive)
+        inbox, aborted = _Inbox(receive), None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(inbox.watch, response, nursery.cancel_scope)
-            await self._serve(scope, inbox.receive, response)
+            try:
+                await self._serve(scope, inbox.receive, response)
+            except ResponseAborted as exc:
+                aborted = exc
             nursery.cancel_scope.cancel()
+        if aborted is not None:
+            raise aborted  # out here, as the nursery would have wrapped it in a group
 
     def _make_response(self, scope: dict[str, Any], send: Send, extra: Headers) -> ClientResponse:
         record = RequestRecord(

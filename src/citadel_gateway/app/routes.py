@@ -17,7 +17,15 @@ from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.openapi import openapi_document
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.config.schema import GatewayConfigSchema
-from citadel_gateway.errors import GatewayError, error_body, internal_error, unknown_model
+from citadel_gateway.errors import (
+    GatewayError,
+    error_body,
+    internal_error,
+    invalid_request,
+    method_not_allowed,
+    not_found,
+    unknown_model,
+)
 from citadel_gateway.io.metrics import CONTENT_TYPE, Metrics
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.wire.openai_request import Kind, parse_request
@@ -123,7 +131,7 @@ def _add_documentation(app: QuartTrio, gateway: Gateway) -> None:
     async def docs(name: str = "docs.html") -> Response:
         asset = read_asset(name)
         if asset is None:
-            raise _not_found()
+            raise not_found(request.path)
         body, content_type = asset
         return Response(body, content_type=content_type, headers={"content-security-policy": _CSP})
 
@@ -138,20 +146,18 @@ def _add_error_handlers(app: QuartTrio, gateway: Gateway) -> None:
         return Response(error.body(), error.status, headers, content_type="application/json")
 
     async def http_error(error: HTTPException) -> Response:
-        status = error.code or 500
-        code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(status)
-        message = {
-            404: f"There is nothing at {request.path}.",
-            405: f"{request.method} is not allowed at {request.path}.",
-        }.get(status, error.description or error.name)
-        response = Response(
-            error_body(message, "invalid_request_error", code),
-            status,
-            content_type="application/json",
-        )
-        if allow := dict(error.get_headers()).get("Allow"):
-            response.headers["allow"] = allow
-        return response
+        match error.code or 500:
+            case 404:
+                return await refused(not_found(request.path))
+            case 405:
+                allowed = dict(error.get_headers())["Allow"]
+                return await refused(method_not_allowed(request.method, request.path, allowed))
+            case 413:
+                message = f"The request body is larger than {_MOST_BODY} bytes."
+                return await refused(invalid_request(message, code="request_too_large", status=413))
+            case status:
+                body = error_body(error.description or error.name, "invalid_request_error", None)
+                return Response(body, status, content_type="application/json")
 
     async def crashed(error: Exception) -> Response:
         gateway.note_crash("routes", error)
@@ -160,12 +166,6 @@ def _add_error_handlers(app: QuartTrio, gateway: Gateway) -> None:
     app.register_error_handler(GatewayError, refused)
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(Exception, crashed)
-
-
-def _not_found() -> GatewayError:
-    return GatewayError(
-        f"There is nothing at {request.path}.", 404, "invalid_request_error", "not_found"
-    )
 
 
 def _key(gateway: Gateway) -> ApiKey | None:

@@ -28,12 +28,15 @@ from hypercorn.typing import ConnectionState
 
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import HttpServer
+from citadel_gateway.errors import GatewayError
 from citadel_gateway.io.http1_server import App, ConnectionLimits, HttpConnection
+from citadel_gateway.wire.http1_response import encode_response_head
 
 _BACKLOG = 2048
 _FRESH = 0.25  # seconds a connection that was never used is given to speak, when stopping
-_WRITE_STALL = 30.0  # seconds; what `write_timeout` is for our own connections
-_CUT_WITHIN = 3.0  # seconds for the last words of requests that are cut
+_CUT_WITHIN = 1.5  # seconds for the last words of requests that are cut
+_MOST_TURNED_AWAY = 64  # connections above the limit that are told so, at once
+_TURN_AWAY_WITHIN = 1.0
 
 Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
@@ -69,7 +72,7 @@ class Server:
     on_crash: Callable[[str, Exception], None]
     bound: Address | None = attrs.field(default=None, init=False)
     _connections: set[HttpConnection] = attrs.field(factory=set, init=False)
-    _open: int = attrs.field(default=0, init=False)
+    _streams: set[Stream] = attrs.field(factory=set, init=False)
     _emptied: trio.Event = attrs.field(factory=trio.Event, init=False)
     _promises: bool = attrs.field(default=True, init=False)
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
@@ -89,7 +92,7 @@ class Server:
 
     @property
     def open_connections(self) -> int:
-        return self._open
+        return len(self._streams)
 
     async def run(
         self, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
@@ -130,33 +133,54 @@ class Server:
         self._serving.cancel()
         with trio.move_on_after(_CUT_WITHIN):
             await self._wait_until_empty()
+        for stream in list(self._streams):  # a shielded write is ended by closing what it writes to
+            await trio.aclose_forcefully(stream)
 
     async def _wait_until_empty(self) -> None:
-        while self._open:
+        while self._streams:
             self._emptied = trio.Event()
             await self._emptied.wait()
 
     async def _handle(self, stream: Stream) -> None:
         """The boundary around one connection: it may fail, the server may not."""
-        self._open += 1
+        self._streams.add(stream)
         try:
-            if self._open <= self.config.max_connections:
+            if len(self._streams) <= self.config.max_connections:
                 await self._serve(stream)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            else:
+                await self._turn_away(stream)
+        except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # the peer's doing: a failed handshake, a reset
-        except Exception as exc:
-            self.on_crash("connection", exc)
+        except* Exception as group:
+            self.on_crash("connection", group)
         finally:
-            self._open -= 1
-            if not self._open:
+            self._streams.discard(stream)
+            if not self._streams:
                 self._emptied.set()
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
 
+    async def _turn_away(self, stream: Stream) -> None:
+        """Answer 503 above the limit of connections, as long as that costs next to nothing."""
+        excess = len(self._streams) - self.config.max_connections
+        if isinstance(stream, trio.SSLStream) or excess > _MOST_TURNED_AWAY:
+            return
+        error = _too_many_connections()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(error.body())),
+            *error.all_headers(),
+        ]
+        with trio.move_on_after(_TURN_AWAY_WITHIN):
+            await stream.send_all(encode_response_head(error.status, headers) + error.body())
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass  # until the client has read it: a close with bytes unread would be a reset
+
     async def _serve(self, stream: Stream) -> None:
         protocol = "http/1.1"
         if isinstance(stream, trio.SSLStream):
-            with trio.fail_after(self._hypercorn.ssl_handshake_timeout):
+            with trio.fail_after(self.config.header_timeout):
                 await stream.do_handshake()
             protocol = stream.selected_alpn_protocol() or protocol
         if protocol == "h2" or self.config.server is HttpServer.HYPERCORN:
@@ -187,36 +211,43 @@ class Server:
     async def _serve_hypercorn(self, stream: Stream) -> None:
         app: Any = ASGIWrapper(self.app)  # type: ignore[arg-type]  # its own, narrower types
         state = ConnectionState({})
-        await BoundedTCPServer(app, self._hypercorn, self._context, state, stream)  # type: ignore[arg-type]
+        server = BoundedTCPServer(app, self._hypercorn, self._context, state, stream)  # type: ignore[arg-type]
+        server.write_timeout = self.config.write_timeout
+        await server
 
     def _listen(self) -> list[trio.abc.Listener[Any]]:
         try:
-            sockets = self._hypercorn.create_sockets()
+            context = self._hypercorn.create_ssl_context()
+            sock = self._open_socket()
         except OSError as exc:
             reason = "it is in use" if exc.errno == errno.EADDRINUSE else str(exc)
             raise CannotListen(f"cannot listen on {self.address}: {reason}") from exc
-        sock = (sockets.secure_sockets or sockets.insecure_sockets)[0]
+        self.bound = attrs.evolve(self.address, port=sock.getsockname()[1])
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        if context is None:
+            return [listener]
+        return [trio.SSLListener(listener, context, https_compatible=True)]
+
+    def _open_socket(self) -> socket.socket:
+        host, port = self.address.host, self.address.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.create_server(
+            (host, port),
+            family=family,
+            backlog=_BACKLOG,
+            dualstack_ipv6=family is socket.AF_INET6 and socket.has_dualstack_ipv6(),
+        )
         # Accepted sockets inherit it: the kernel drops a peer that acknowledges nothing.
         stall = int(self.config.write_timeout * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            sock.listen(_BACKLOG)
-        except OSError as exc:
-            sock.close()
-            raise CannotListen(f"cannot listen on {self.address}: {exc}") from exc
-        self.bound = attrs.evolve(self.address, port=sock.getsockname()[1])
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-        if self.address.certfile is None:
-            return [listener]
-        context = self._hypercorn.create_ssl_context()
-        if context is None:
-            raise CannotListen(f"cannot listen on {self.address}: no TLS context")
-        return [trio.SSLListener(listener, context, https_compatible=True)]
+        return sock
 
 
 class BoundedTCPServer(TCPServer):
     """Hypercorn's connection, but with an end to its writes: stock, they are shielded for ever."""
+
+    write_timeout: float
 
     async def protocol_send(self, event: HypercornEvent) -> None:
         if not isinstance(event, RawData):
@@ -224,7 +255,7 @@ class BoundedTCPServer(TCPServer):
             return
         broken = False
         async with self.send_lock:
-            deadline = trio.current_time() + _WRITE_STALL
+            deadline = trio.current_time() + self.write_timeout
             with trio.CancelScope(shield=True, deadline=deadline) as scope:
                 try:
                     await self.stream.send_all(event.data)
@@ -237,8 +268,6 @@ class BoundedTCPServer(TCPServer):
 
 def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConfig:
     config = HypercornConfig()
-    config.bind = [str(address)]
-    config.backlog = _BACKLOG
     config.certfile, config.keyfile = address.certfile, address.keyfile
     config.keep_alive_timeout = service.keep_alive_timeout
     config.graceful_timeout = service.drain_timeout
@@ -247,6 +276,13 @@ def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConf
     config.accesslog = None
     config.errorlog = None
     return config
+
+
+def _too_many_connections() -> GatewayError:
+    return GatewayError(
+        "The gateway has as many connections as it may hold (service.max_connections).",
+        503, "server_overloaded", "too_many_connections", retry_after=1.0, close=True,
+    )  # fmt: skip
 
 
 def _address(name: Any) -> tuple[str, int] | None:

@@ -1,19 +1,25 @@
-"""What the commands share: exit codes, options, and loading a configuration or leaving."""
+"""What the commands share: exit codes, options, configurations, running, and asking a gateway."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import click
 import httpx
+import trio
 
+from citadel_gateway.app.server import CannotListen
 from citadel_gateway.config.loader import ConfigError, load_config
 from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.demo.engines import EngineFailed
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
+
+PORT = click.IntRange(0, 65535)
 
 config_option = click.option(
     "--config", "-c", "config_path", required=True, metavar="FILE", help="The configuration file."
@@ -39,20 +45,54 @@ def leave(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def run_until_stopped(main: Callable[[], Awaitable[None]], *, port_hint: str = "") -> None:
+    """Run *main* in Trio.  A port or an engine that is not to be had is one line and exit code 69.
+
+    Ctrl-C is a proper end also before *main* has begun to listen for it.
+
+    :param port_hint: how to choose another port; said when one cannot be had.
+    """
+    try:
+        trio.run(main)
+    except* CannotListen as group:
+        leave(f"{_first(group)}{port_hint}", EXIT_UNAVAILABLE)
+    except* EngineFailed as group:
+        leave(str(_first(group)), EXIT_UNAVAILABLE)
+    except* KeyboardInterrupt:
+        sys.exit(0)
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def ask_gateway(
-    method: str, url: str, path: str, key: str | None, json: Any = None
-) -> httpx.Response:
-    """A request to a running gateway; leaves with 69 when there is none."""
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    method: str, url: str, path: str, key: str | None, *, expects: str, json: Any = None
+) -> dict[str, Any]:
+    """The report of a running gateway; leaves with 1 when it refuses, with 69 when there is none.
+
+    :param expects: a field that the report has, by which a stranger at *url* is told apart.
+    """
+    headers = {b"authorization": f"Bearer {key}".encode()} if key else {}
     try:
         with httpx.Client(trust_env=False, timeout=10.0) as client:
-            return client.request(method, url.rstrip("/") + path, headers=headers, json=json)
-    except httpx.HTTPError as exc:
+            response = client.request(method, url.rstrip("/") + path, headers=headers, json=json)
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
         leave(f"no gateway answers at {url}: {exc}", EXIT_UNAVAILABLE)
+    if response.status_code != 200:
+        leave(f"{url}: {_explain(response)}", EXIT_FAILED)
+    try:
+        report = response.json()
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or expects not in report:
+        leave(f"something else than a gateway answers at {url}", EXIT_UNAVAILABLE)
+    return report
 
 
-def explain_error(response: httpx.Response) -> str:
-    """The message of an error answer."""
+def _explain(response: httpx.Response) -> str:
     try:
         message: str = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):

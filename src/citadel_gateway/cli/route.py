@@ -15,7 +15,6 @@ from citadel_gateway.app.reports import Reports
 from citadel_gateway.cli.common import (
     EXIT_FAILED,
     ask_gateway,
-    explain_error,
     key_option,
     leave,
     load_or_exit,
@@ -67,11 +66,7 @@ def route(
 
 
 def _live(url: str, key: str | None, body: dict[str, Any]) -> dict[str, Any]:
-    response = ask_gateway("POST", url, "/models/route", key, json=body)
-    if response.status_code != 200:
-        leave(explain_error(response), EXIT_FAILED)
-    report: dict[str, Any] = response.json()
-    return report
+    return ask_gateway("POST", url, "/models/route", key, expects="groups", json=body)
 
 
 def _offline(config: GatewayConfigSchema, body: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +93,7 @@ def _print(report: dict[str, Any]) -> None:
     for group in report["groups"]:
         table = Table(title=f"{group['role']}: {group['name']}")
         for heading in ("model", "endpoint", "eligible", "in flight", "weight", "cost", "share"):
-            table.add_column(heading)
+            table.add_column(heading, overflow="fold")
         for each in group["candidates"]:
             table.add_row(
                 each["model"],

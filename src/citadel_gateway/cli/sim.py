@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 import trio
 
-from citadel_gateway.app.server import Address, CannotListen
-from citadel_gateway.cli.common import EXIT_UNAVAILABLE, leave
+from citadel_gateway.app.server import Address
+from citadel_gateway.cli.common import PORT, run_until_stopped
 from citadel_gateway.demo.engines import engine_server
 from citadel_gateway.sim import PROFILES, profile_for
 
@@ -16,7 +14,7 @@ from citadel_gateway.sim import PROFILES, profile_for
 @click.command()
 @click.option("--model", default="mixtral-8x7b", show_default=True, help="The model it plays.")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=11400, show_default=True)
+@click.option("--port", type=PORT, default=11400, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of its random choices.")
 def sim(model: str, host: str, port: int, seed: int) -> None:
     """Run a simulated engine: OpenAI-compatible, honest about being simulated.
@@ -31,9 +29,4 @@ def sim(model: str, host: str, port: int, seed: int) -> None:
             known = "" if model in PROFILES else " (an unknown model: middling speed)"
             click.echo(f"simulated {model}{known} listens on http://{address}; Ctrl-C ends it")
 
-    try:
-        trio.run(run)
-    except* CannotListen as group:
-        leave(str(group.exceptions[0]), EXIT_UNAVAILABLE)
-    except* KeyboardInterrupt:
-        sys.exit(0)
+    run_until_stopped(run)

@@ -15,9 +15,7 @@ from rich.table import Table
 from citadel_gateway.cli.common import (
     EXIT_FAILED,
     ask_gateway,
-    explain_error,
     key_option,
-    leave,
     url_option,
 )
 
@@ -29,7 +27,10 @@ _COLOURS = {"closed": "green", "half_open": "yellow", "open": "red"}
 @key_option
 @click.option("--once", is_flag=True, help="Print one table and leave, even on a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON and leave.")
-@click.option("--interval", default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option(
+    "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True,
+    help="Seconds between two looks.",
+)  # fmt: skip
 def status(url: str, key: str | None, once: bool, as_json: bool, interval: float) -> None:
     """Show models, endpoints, breakers and load; live on a terminal.
 
@@ -58,11 +59,7 @@ def _watch(url: str, key: str | None, interval: float, report: dict[str, Any]) -
 
 
 def _fetch(url: str, key: str | None) -> dict[str, Any]:
-    response = ask_gateway("GET", url, "/models/status", key)
-    if response.status_code != 200:
-        leave(f"{url}: {explain_error(response)}", EXIT_FAILED)
-    report: dict[str, Any] = response.json()
-    return report
+    return ask_gateway("GET", url, "/models/status", key, expects="limits")
 
 
 def status_table(report: dict[str, Any]) -> Table:

@@ -11,29 +11,28 @@ from rich.table import Table
 from citadel_gateway.app.server import Address
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.schema import GatewayConfigSchema
-from citadel_gateway.demo.engines import EngineFailed, engine_server, run_llama
-from citadel_gateway.io.upstream import split_url
+from citadel_gateway.demo.engines import engine_server, run_llama
+from citadel_gateway.io.target import split_url
 from citadel_gateway.sim import profile_for
-
-__all__ = ["EngineFailed", "run_demo"]
 
 
 async def run_demo(config: GatewayConfigSchema, llm: bool) -> None:
     """Run an engine for every endpoint of *config*, and the gateway, until SIGINT or SIGTERM.
 
-    Raises ``CannotListen`` or :class:`EngineFailed`.
+    Raises ``CannotListen`` or ``EngineFailed``.
     """
     async with trio.open_nursery() as engines:
-        for seed, (model, address) in enumerate(_endpoints(config)):
-            if llm:
-                await engines.start(partial(run_llama, model, address))
-            else:
-                server = engine_server(profile_for(model), address, seed=seed)
-                await engines.start(server.run)
+        async with trio.open_nursery() as starting:
+            for seed, (model, address) in enumerate(_endpoints(config)):
+                if llm:
+                    starting.start_soon(engines.start, partial(run_llama, model, address))
+                else:
+                    server = engine_server(profile_for(model), address, seed=seed)
+                    starting.start_soon(engines.start, server.run)
         service = UnifiedAPIGatewayService(config)
         async with trio.open_nursery() as gateway:
             address = await gateway.start(service.run)
-            _show(config, address, "llama.cpp, SmolLM2-135M-Instruct" if llm else "simulated")
+            _show(config, address, "llama.cpp, SmolLM2-135M" if llm else "simulated")
         engines.cancel_scope.cancel()
 
 

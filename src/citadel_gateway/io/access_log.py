@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from citadel_gateway.io.record import RequestRecord
+from citadel_gateway.io.record import Outcome, RequestRecord, is_our_finding
+
+_OF_ENGINES = {Outcome.UPSTREAM_REJECTED, Outcome.UPSTREAM_ERROR, Outcome.STREAM_BROKEN}
 
 
 def access_line(record: RequestRecord) -> dict[str, Any]:
@@ -17,8 +19,8 @@ def access_line(record: RequestRecord) -> dict[str, Any]:
         "status": record.status,
         "outcome": record.outcome.value if record.outcome is not None else "internal_error",
         "code": record.error_code,
-        "error": record.error,
-        "phase": record.phase.value if record.status == 499 else None,
+        "error": record.error if _is_our_own(record) else None,
+        "phase": record.phase.value if record.outcome is Outcome.CLIENT_CLOSED else None,
         "client": record.client,
         "key_id": record.key_id,
         "model": record.model or None,
@@ -38,6 +40,11 @@ def access_line(record: RequestRecord) -> dict[str, Any]:
         fields["first_byte_ms"] = _ms(record.committed - record.began)
         fields["overhead_ms"] = _ms(record.overhead)
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _is_our_own(record: RequestRecord) -> bool:
+    """Whether the error is in our words: engines quote prompts in theirs."""
+    return record.outcome not in _OF_ENGINES or is_our_finding(record.error_code or "")
 
 
 def _ms(seconds: float) -> float:

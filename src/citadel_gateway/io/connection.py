@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import select
+import ssl
 from collections.abc import Callable
 
 import anyio
 import attrs
 from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.tls import TLSAttribute
 
 from citadel_gateway.io.dial import Origin
-from citadel_gateway.wire.http1_response import CutShort, ResponseParser
+from citadel_gateway.wire.http1_response import BadResponse, CutShort, ResponseParser
 
 _READ = 64 * 1024
 
@@ -19,9 +21,9 @@ _READ = 64 * 1024
 class Connection:
     """A stream and the response that is being read from it.
 
-    A connection is good for another request only when the last response was complete, nothing
-    followed it, and both sides meant to keep the connection.  In any doubt it is closed: a
-    response must never reach the wrong request.
+    A connection is good for another request only when the last request was sent whole, its
+    response was complete, nothing followed it, and both sides meant to keep the connection.  In
+    any doubt it is closed: a response must never reach the wrong request.
     """
 
     origin: Origin
@@ -32,11 +34,15 @@ class Connection:
     waited: float = attrs.field(default=0.0, init=False)  # seconds, for the upstream to speak
     response: ResponseParser = attrs.field(init=False)
     _descriptor: int = attrs.field(default=-1, init=False)
+    _tls: ssl.SSLObject | None = attrs.field(default=None, init=False)
     _busy: bool = attrs.field(default=False, init=False)
+    _sent: bool = attrs.field(default=False, init=False)
+    _mistake: BadResponse | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         raw = self.stream.extra(SocketAttribute.raw_socket, None)
         self._descriptor = -1 if raw is None else raw.fileno()
+        self._tls = self.stream.extra(TLSAttribute.ssl_object, None)
 
     @property
     def is_reused(self) -> bool:
@@ -46,20 +52,20 @@ class Connection:
     async def send(self, request: bytes, *, bodiless: bool = False) -> None:
         """Write a whole request; raises ``OSError``.
 
+        The response may be read even then: an upstream may refuse what it has not read.
+
         :param bodiless: the response has no body, whatever its head says (HEAD).
         """
-        self.begin(bodiless=bodiless)
-        try:
-            await self.stream.send(request)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            raise ConnectionResetError("the upstream closed the connection") from exc
-
-    def begin(self, *, bodiless: bool = False) -> None:
-        """Expect a new response."""
         self.response = ResponseParser(bodiless=bodiless)
         self.requests += 1
         self.waited = 0.0
         self._busy = True
+        self._sent = False
+        try:
+            await self.stream.send(request)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            raise ConnectionResetError("the upstream closed the connection") from exc
+        self._sent = True
 
     async def read_head(self) -> ResponseParser:
         """Wait for the head of the response.
@@ -80,12 +86,19 @@ class Connection:
             if response.complete:
                 self._busy = False
                 return b""
-            await self._read_some()
+            if self._mistake is not None:
+                raise self._mistake
+            try:
+                await self._read_some()
+            except BadResponse as exc:
+                self._mistake = exc  # raised behind what came before it in the same read
 
     def is_reusable(self) -> bool:
-        """Whether another request may follow, as far as the last response tells."""
+        """Whether another request may follow, as far as the last one tells."""
+        if not self.requests:
+            return True
         response = self.response
-        return not self._busy and response.complete and response.reusable and not response.surplus
+        return self._sent and not self._busy and response.reusable and not response.surplus
 
     def is_stale(self) -> bool:
         """Whether something arrived while it was idle: an end of stream, or bytes nobody asked for.
@@ -96,7 +109,7 @@ class Connection:
             return False
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(0)) or (self._tls is not None and _holds_something(self._tls))
 
     async def aclose(self) -> None:
         """Hang up at once, even while being cancelled; never waits for the peer."""
@@ -114,5 +127,20 @@ class Connection:
             raise CutShort(
                 "the upstream reset the connection", started=self.response.started
             ) from exc
-        self.waited += self.clock() - before
+        finally:
+            self.waited += self.clock() - before
         self.response.feed(data)
+
+
+def _holds_something(tls: ssl.SSLObject) -> bool:
+    """Whether records came along with the last ones that were asked for.
+
+    They are off the socket already, where no poll sees them.
+    """
+    try:
+        tls.read(1)
+    except ssl.SSLWantReadError:
+        return False
+    except ssl.SSLError:
+        pass
+    return True

@@ -32,12 +32,24 @@ class Origin:
 Connect: TypeAlias = Callable[[Origin], Awaitable[ByteStream]]
 """Opens a stream to an origin, TLS included; raises ``OSError`` (``ssl.SSLError`` is one)."""
 
+_HANDSHAKE_CUT = "the upstream hung up during the TLS handshake"
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
 
 def is_our_own_lack(exc: OSError) -> bool:
-    """Whether a failed dial says something about this machine instead of the upstream."""
-    return exc.errno in _OURS
+    """Whether a failed dial says something about this machine instead of the upstream.
+
+    anyio hides the reasons behind an error without a number: one, or one for each address.
+    """
+    match exc.__cause__:
+        case OSError() as reason:
+            reasons: tuple[BaseException, ...] = (reason,)
+        case BaseExceptionGroup(exceptions=reasons):
+            pass
+        case _:
+            reasons = (exc,)
+    # All of them: a host without IPv6 lacks an address for it, and still learns about the other.
+    return all(isinstance(reason, OSError) and reason.errno in _OURS for reason in reasons)
 
 
 def make_connect(tls: ssl.SSLContext | None = None) -> Connect:
@@ -52,6 +64,9 @@ def make_connect(tls: ssl.SSLContext | None = None) -> Connect:
             return await TLSStream.wrap(
                 stream, hostname=origin.host, ssl_context=context, standard_compatible=False
             )
+        except (anyio.EndOfStream, anyio.BrokenResourceError) as exc:
+            await anyio.aclose_forcefully(stream)
+            raise ConnectionResetError(_HANDSHAKE_CUT) from exc
         except BaseException:
             await anyio.aclose_forcefully(stream)
             raise

@@ -14,6 +14,7 @@ import enum
 import math
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ import attrs
 import trio
 
 from citadel_gateway.errors import error_body
-from citadel_gateway.wire.headers import Headers, first
+from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.http1_request import BadRequest, IncomingRequest, RequestParser
 from citadel_gateway.wire.http1_response import encode_response_head
 
@@ -37,7 +38,8 @@ CANCELS = "citadel.cancels"
 """ASGI extension: the server cancels the application itself when the client leaves."""
 
 _READ = 64 * 1024
-_MOST_BUFFERED = 256 * 1024  # of a body that the application does not read
+_WRITE = 64 * 1024  # how much a client must take within `write_timeout`
+_MOST_BUFFERED = 256 * 1024  # of a body that the application does not read, or not yet
 _MOST_PIPELINED = 16
 _LINGER_BYTES = 32 * 2**20
 _LINGER_SECONDS = 2.0
@@ -45,6 +47,15 @@ _LINGER_SECONDS = 2.0
 
 class ResponseAborted(Exception):
     """Raised by an application to cut its answer: the body ends without its proper end."""
+
+
+class Awaited(enum.Enum):
+    """What the client owes us; each has a clock of its own."""
+
+    NOTHING = enum.auto()
+    REQUEST = enum.auto()
+    HEAD = enum.auto()
+    BODY = enum.auto()
 
 
 class Fate(enum.Enum):
@@ -63,7 +74,7 @@ class ConnectionLimits:
     body_timeout: float = 60.0
     keep_alive_timeout: float = 75.0
     write_timeout: float = 30.0
-    max_requests: int = 100_000
+    max_requests: int = 1000
 
 
 @attrs.define(eq=False)
@@ -88,8 +99,9 @@ class HttpConnection:
     _clock: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _exchange: Exchange | None = attrs.field(default=None, init=False)
     _refusal: BadRequest | None = attrs.field(default=None, init=False)
-    _gone: bool = attrs.field(default=False, init=False)
-    _read_ended: bool = attrs.field(default=False, init=False)
+    _awaited: Awaited | None = attrs.field(default=None, init=False)
+    _left: bool = attrs.field(default=False, init=False)
+    _torn: bool = attrs.field(default=False, init=False)  # a write is not, or never, complete
     _draining: bool = attrs.field(default=False, init=False)
     _promises: bool = attrs.field(default=True, init=False)
     _overrun: bool = attrs.field(default=False, init=False)  # more was pipelined than we keep
@@ -115,6 +127,11 @@ class HttpConnection:
         self._notify()
 
     @property
+    def _gone(self) -> bool:
+        """Nothing can be said to the client any more."""
+        return self._left or self._torn
+
+    @property
     def is_idle(self) -> bool:
         return self._exchange is None and not self._parser.in_head
 
@@ -136,18 +153,21 @@ class HttpConnection:
             await self._linger()
 
     async def _next_request(self) -> IncomingRequest | None:
-        while True:
-            if self._parser.requests:
-                request = self._parser.requests.popleft()
-                if self._overrun and not request.complete:
-                    return None
+        pending = self._parser.requests
+        while not self._gone:
+            if pending and (pending[0].complete or not self._is_deaf):
+                request = pending.popleft()
                 self._set_clock(request)
                 return request
-            if self._gone or self._refusal is not None:
-                return None
-            if self._draining and not self._parser.in_head:
+            if self._is_deaf or (self._draining and not self._parser.in_head):
                 return None
             await self._wait()
+        return None
+
+    @property
+    def _is_deaf(self) -> bool:
+        """What arrives from now on is thrown away: no more of a request can become complete."""
+        return self._overrun or self._refusal is not None
 
     async def _refuse(self, refusal: BadRequest) -> None:
         body = error_body(str(refusal), "invalid_request_error", "bad_http_request")
@@ -157,10 +177,8 @@ class HttpConnection:
             (b"date", http_date()),
             (b"connection", b"close"),
         ]
-        try:
+        with suppress(trio.BrokenResourceError):
             await self.write(encode_response_head(refusal.status, headers) + body)
-        except trio.BrokenResourceError:
-            self._gone = True
 
     async def _linger(self) -> None:
         """Let the client read our last answer before the connection goes.
@@ -169,13 +187,16 @@ class HttpConnection:
         way to the client.  So say that we are done, and read on for a moment.
         """
         self._lingering = 1
+        stream = self.stream
+        if isinstance(stream, trio.SSLStream):
+            stream = stream.transport_stream  # TLS itself cannot be closed by halves
         with trio.move_on_after(_LINGER_SECONDS):
-            if isinstance(self.stream, trio.abc.HalfCloseableStream):
+            if isinstance(stream, trio.abc.HalfCloseableStream):
                 try:
-                    await self.stream.send_eof()
+                    await stream.send_eof()
                 except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                     return
-                while not self._read_ended and self._lingering < _LINGER_BYTES:
+                while not self._gone and self._lingering < _LINGER_BYTES:
                     await self._wait()
 
     async def _wait(self) -> None:
@@ -190,73 +211,87 @@ class HttpConnection:
     async def _read_loop(self) -> None:
         self._set_clock()
         with self._clock:
-            try:
-                while data := await self.stream.receive_some(_READ):
-                    await self._take_in(bytes(data))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass
-        self._read_ended = True
+            await self._read_until_the_end()
         if self._clock.cancelled_caught and (self._parser.in_head or self._parser.in_body):
-            self._refusal = BadRequest(408, "the request did not arrive in time")
-            if self._exchange is not None:
-                self._exchange.fail_body()
-        else:
-            self._gone = True
-            if self._exchange is not None:
-                self._exchange.cancel()
+            self._reject(BadRequest(408, "the request did not arrive in time"))
+            self._notify()
+            await self._read_until_the_end()
+        self._left = True
+        if self._exchange is not None:
+            self._exchange.cancel()
         self._notify()
 
-    async def _take_in(self, data: bytes) -> None:
+    async def _read_until_the_end(self) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await self.stream.receive_some(_READ):
+                self._take_in(bytes(data))
+                if self._exchange is not None:
+                    await self._exchange.wait_for_room()
+
+    def _take_in(self, data: bytes) -> None:
         if self._lingering:
             self._lingering += len(data)
-        elif self._refusal is None and not self._overrun:
+        elif not self._is_deaf:
             try:
                 self._parser.feed(data)
             except BadRequest as exc:
-                self._refusal = exc
-                if self._exchange is not None:
-                    self._exchange.fail_body()
-            if len(self._parser.requests) > _MOST_PIPELINED:
-                self._overrun = True  # answer those, then close; go on reading to see the end
+                self._reject(exc)
+            pending = self._parser.requests
+            if len(pending) > _MOST_PIPELINED or sum(r.buffered for r in pending) > _MOST_BUFFERED:
+                # Answer what is complete, then close; go on reading, to see the client leave.
+                self._overrun = True
             self._set_clock()
         self._notify()
+
+    def _reject(self, refusal: BadRequest) -> None:
+        self._refusal = refusal
         if self._exchange is not None:
-            await self._exchange.wait_for_room()
+            self._exchange.fail_body()
 
     def _set_clock(self, request: IncomingRequest | None = None) -> None:
-        """Until when the reader waits for what comes next; *request* is just being taken up."""
-        limits, parser, clock = self.limits, self._parser, self._clock
+        """Start the clock of what is awaited now; *request* is just being taken up.
+
+        Only a change of what is awaited starts a clock: bytes alone never put it back.
+        """
+        limits = self.limits
         current = request or (self._exchange.request if self._exchange is not None else None)
-        now = trio.current_time()
         if current is not None and not current.complete:
-            if request is not None:
-                clock.deadline = now + limits.body_timeout
-        elif current is not None or parser.requests:
-            clock.deadline = math.inf
-        elif parser.in_head:
-            clock.deadline = min(clock.deadline, now + limits.header_timeout)
+            awaited, within = Awaited.BODY, limits.body_timeout
+        elif current is not None or self._parser.requests:
+            awaited, within = Awaited.NOTHING, math.inf
+        elif self._parser.in_head or not self.served:
+            awaited, within = Awaited.HEAD, limits.header_timeout
         else:
-            fresh = self.served == 0
-            clock.deadline = now + (limits.header_timeout if fresh else limits.keep_alive_timeout)
+            awaited, within = Awaited.REQUEST, limits.keep_alive_timeout
+        if awaited is not self._awaited:
+            self._awaited = awaited
+            self._clock.deadline = trio.current_time() + within
 
     # For the exchange.
 
     async def write(self, data: bytes) -> None:
         """Raises ``trio.BrokenResourceError`` when the client is gone or takes nothing."""
-        with trio.move_on_after(self.limits.write_timeout):
-            await self.stream.send_all(data)
-            return
-        raise trio.BrokenResourceError("the client does not read")
+        if self._gone:
+            raise trio.BrokenResourceError("the client is gone")
+        await trio.lowlevel.checkpoint_if_cancelled()  # from here on, it would leave a part written
+        self._torn = True
+        for start in range(0, len(data), _WRITE):
+            with trio.move_on_after(self.limits.write_timeout) as patience:
+                await self.stream.send_all(data[start : start + _WRITE])
+            if patience.cancelled_caught:
+                raise trio.BrokenResourceError("the client does not read")
+        self._torn = False
 
     async def wait_for_bytes(self) -> None:
         await self._wait()
 
     def may_keep_alive(self) -> bool:
-        return self._promises and not (
-            self._gone
-            or self._overrun
-            or self._refusal is not None
-            or self.served >= self.limits.max_requests
+        pending = self._parser.requests
+        return (
+            self._promises
+            and not self._gone
+            and self.served < self.limits.max_requests
+            and (not self._is_deaf or bool(pending and pending[0].complete))
         )
 
 
@@ -276,14 +311,17 @@ class Exchange:
     _started: bool = attrs.field(default=False, init=False)
     _chunked: bool = attrs.field(default=False, init=False)
     _bodiless: bool = attrs.field(default=False, init=False)
-    _keep: bool = attrs.field(default=True, init=False)
+    _keep: bool = attrs.field(default=False, init=False)
     _finished: bool = attrs.field(default=False, init=False)
+    _over: bool = attrs.field(default=False, init=False)
 
     async def run(self) -> Fate:
         """Run the application; returns what becomes of the connection."""
         try:
             with self._scope:
                 await self.connection.app(self._make_scope(), self.receive, self.send)
+                if not self._finished and not self._scope.cancel_called:
+                    raise RuntimeError("the application returned without a complete answer")
         except ResponseAborted:
             return Fate.CLOSE
         except Exception as exc:  # the boundary: one request, not the server
@@ -291,7 +329,10 @@ class Exchange:
             if not self._started and not self._body_failed:
                 await self._answer_500()
             return Fate.CLOSE
-        if self._body_failed:
+        finally:
+            self._over = True
+            self._make_room()
+        if self._body_failed and not self._started:
             return Fate.UNANSWERED
         kept = self._finished and self._keep and self.request.complete
         return Fate.KEEP if kept else Fate.CLOSE
@@ -301,14 +342,14 @@ class Exchange:
         self._scope.cancel()
 
     def fail_body(self) -> None:
-        """The rest of the body will not come."""
-        if not self.request.complete and not self._started:
+        """The rest of the body will not come, and the application must not wait for it."""
+        if not self.request.complete and not self._finished:
             self._body_failed = True
             self._scope.cancel()
 
     async def wait_for_room(self) -> None:
         """Hold the reader while the application has much of the body still to read."""
-        while self.request.buffered > _MOST_BUFFERED and not self._finished:
+        while self.request.buffered > _MOST_BUFFERED and not (self._finished or self._over):
             self._room = trio.Event()
             await self._room.wait()
 
@@ -327,7 +368,7 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], list(message.get("headers", ()))
-        elif message["type"] == "http.response.body":
+        elif message["type"] == "http.response.body" and not self._finished:
             await self._send_body(message.get("body", b""), last=not message.get("more_body"))
 
     async def _send_body(self, body: bytes, *, last: bool) -> None:
@@ -356,24 +397,30 @@ class Exchange:
     def _make_head(self, body: bytes, *, last: bool) -> bytes:
         """The head, with the framing and the fate of the connection decided."""
         request, status = self.request, self._status
-        headers = [(name.lower(), value) for name, value in self._headers]
-        connection = first(headers, b"connection")
-        headers = [pair for pair in headers if pair[0] not in {b"connection", b"transfer-encoding"}]
+        if not status:
+            raise RuntimeError("the application sent a body before its status")
+        headers: Headers = []
+        sized, keep = status in {204, 304}, True
+        for name, value in self._headers:
+            match name.lower():
+                case b"connection":
+                    keep = value.lower() != b"close"
+                case b"transfer-encoding":
+                    pass  # the framing is ours
+                case lowered:
+                    sized = sized or lowered == b"content-length"
+                    headers.append((lowered, value))
         self._bodiless = request.method == "HEAD" or status in {204, 304}
-        if first(headers, b"content-length") is None and status not in {204, 304}:
-            if last:
-                headers.append((b"content-length", b"%d" % len(body)))
-            elif request.version == "1.1":
-                headers.append((b"transfer-encoding", b"chunked"))
-                self._chunked = not self._bodiless
-            else:
-                self._keep = False  # HTTP/1.0: the end of the connection is the end of the body
+        self._chunked = False
+        if not sized and last:
+            headers.append((b"content-length", b"%d" % len(body)))
+        elif not sized and request.version == "1.1":
+            headers.append((b"transfer-encoding", b"chunked"))
+            self._chunked = not self._bodiless
+        elif not sized:
+            keep = False  # HTTP/1.0: the end of the connection is the end of the body
         self._keep = (
-            self._keep
-            and request.keep_alive
-            and request.complete
-            and (connection or b"").lower() != b"close"
-            and self.connection.may_keep_alive()
+            keep and request.keep_alive and request.complete and self.connection.may_keep_alive()
         )
         headers.append((b"date", http_date()))
         if not self._keep:
@@ -384,7 +431,12 @@ class Exchange:
 
     async def _continue(self) -> None:
         """Ask for the body, if the client waits to be asked: only now does anybody want it."""
-        if self.request.expects_continue and not self._continued and not self.request.complete:
+        request = self.request
+        if (
+            request.expects_continue
+            and request.version == "1.1"
+            and not (self._continued or self._started or request.complete)
+        ):
             self._continued = True
             await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -15,6 +17,7 @@ import trio
 
 _MOST_PENDING = 4 * 2**20  # bytes; beyond it lines are dropped and counted
 _EVERY = 0.1
+_LAST_LINES = 1.0  # seconds
 _SECRETS = re.compile(r"sk-[A-Za-z0-9_-]{6,}|[Bb]earer\s+\S+")
 
 
@@ -33,7 +36,7 @@ class JsonLog:
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Add a line; a time stamp is put in front."""
-        line = orjson.dumps({"ts": _now(), **fields}, default=str, option=orjson.OPT_APPEND_NEWLINE)
+        line = _encode({"ts": _now(), **fields})
         if self._size + len(line) > _MOST_PENDING:
             self.dropped += 1
             return
@@ -57,8 +60,10 @@ class JsonLog:
             await trio.to_thread.run_sync(self._write_out, lines, abandon_on_cancel=True)
 
     def flush_now(self) -> None:
-        """Write what is pending before anything else happens."""
-        self._write_out(self._take())
+        """Write what is pending, for the end of the process: a pipe nobody reads cannot hold it."""
+        writer = threading.Thread(target=self._write_out, args=(self._take(),), daemon=True)
+        writer.start()
+        writer.join(_LAST_LINES)
 
     def _take(self) -> list[bytes]:
         lines, self._pending, self._size = self._pending, [], 0
@@ -89,6 +94,13 @@ class LogHandler(logging.Handler):
         if record.exc_info:
             fields["exception"] = redact(logging.Formatter().formatException(record.exc_info))
         self.log.event(record.levelno, message, **fields)
+
+
+def _encode(fields: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError:  # a lone surrogate, an integer above 64 bits
+        return json.dumps(fields, default=str).encode() + b"\n"
 
 
 def redact(text: str) -> str:

@@ -128,7 +128,7 @@ class Metrics:
             self._counter(self._cancellations, record.phase.value).inc()
         if record.attempts and record.overhead is not None:
             self._overhead.observe(record.overhead)
-        if record.stream and record.committed is not None:
+        if record.stream and record.status == 200 and record.committed is not None:
             self._histogram(self._first_token, model).observe(record.committed - record.began)
         if record.queue_wait:
             self._histogram(self._queue_wait, model).observe(record.queue_wait)
@@ -141,7 +141,7 @@ class Metrics:
                 self._histogram(self._token_usage, model, otel).observe(count)
 
     def attempted(self, endpoint: Endpoint, result: str) -> None:
-        """Count an attempt; *result* is ``ok``, ``cancelled`` or an error code."""
+        """Count an attempt; *result* is ``ok``, ``cancelled``, a finding of ours or a status."""
         self._counter(self._attempts, endpoint.model, endpoint.url, result).inc()
 
     def rejected(self, limit: str) -> None:

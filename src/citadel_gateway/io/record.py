@@ -38,6 +38,15 @@ class Outcome(enum.Enum):
     INTERNAL_ERROR = "internal_error"
 
 
+_CLOCKS = frozenset(f"timeout_{c}" for c in ("connect", "headers", "first_token", "idle", "total"))
+_OF_UPSTREAMS = _CLOCKS | {
+    "upstream_connection_error",
+    "upstream_protocol_error",
+    "upstream_redirect",
+    "upstream_credentials_exhausted",
+    "gateway_exhausted",
+}
+
 _BY_CODE = {
     "invalid_api_key": Outcome.UNAUTHORIZED,
     "model_not_allowed": Outcome.UNAUTHORIZED,
@@ -49,6 +58,11 @@ _BY_CODE = {
     "draining": Outcome.DRAINING,
     "internal_error": Outcome.INTERNAL_ERROR,
 }
+
+
+def is_our_finding(code: str) -> bool:
+    """Whether an upstream's failure has a *code* of ours; engines make up any others."""
+    return code in _OF_UPSTREAMS
 
 
 @attrs.define(eq=False)
@@ -96,7 +110,7 @@ class RequestRecord:
         self.status, self.error_code, self.error = status, code, message
         if by_upstream:
             self.outcome = Outcome.UPSTREAM_ERROR if status >= 500 else Outcome.UPSTREAM_REJECTED
-            if code.startswith("timeout_"):
+            if code in _CLOCKS:
                 self.outcome = Outcome.TIMEOUT
         else:
             self.outcome = _BY_CODE.get(code, Outcome.INVALID_REQUEST)

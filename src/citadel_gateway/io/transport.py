@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable
+from itertools import chain
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -14,12 +16,12 @@ import httpx
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.dial import Connect, Origin, make_connect
 from citadel_gateway.io.pool import ConnectionPool
-from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.http1_response import BadResponse, encode_request
 
 T = TypeVar("T")
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_BREAK = re.compile(rb"[\r\n\0]")
 
 
 class AnyIOTransport(httpx.AsyncBaseTransport):
@@ -85,8 +87,7 @@ class AnyIOTransport(httpx.AsyncBaseTransport):
     async def _send(
         self, connection: Connection, request: httpx.Request, body: bytes, within: float | None
     ) -> None:
-        head = _headers(request, connection.origin, body)
-        raw = encode_request(request.method.encode("ascii"), request.url.raw_path, head, body)
+        raw = _encode(request, body)
         try:
             with anyio.fail_after(within):
                 await connection.send(raw, bodiless=request.method == "HEAD")
@@ -111,9 +112,15 @@ class ResponseStream(httpx.AsyncByteStream):
     within: float | None
     _open: bool = attrs.field(default=True, init=False)
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while data := await _reading(self.connection.read_body(), self.within):
-            yield data
+    # Not a generator, which would be left half-way when a caller walks off.
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if data := await _reading(self.connection.read_body(), self.within):
+            return data
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         if self._open:
@@ -139,13 +146,16 @@ def _origin(url: httpx.URL) -> Origin:
     return Origin(url.scheme, url.host, url.port or _DEFAULT_PORTS[url.scheme])
 
 
-def _headers(request: httpx.Request, origin: Origin, body: bytes) -> Headers:
+def _encode(request: httpx.Request, body: bytes) -> bytes:
+    """The request as bytes; httpx has put Host among the headers, and checks none of them."""
+    method = request.method.encode("ascii")
     headers = [
         (name, value)
         for name, value in request.headers.raw
-        if name.lower() not in {b"host", b"content-length", b"transfer-encoding"}
+        if name.lower() not in {b"content-length", b"transfer-encoding"}
     ]
-    headers.append((b"host", origin.authority))
-    if body or request.method in {"POST", "PUT", "PATCH"}:
+    if body or method in {b"POST", b"PUT", b"PATCH"}:
         headers.append((b"content-length", b"%d" % len(body)))
-    return headers
+    if _BREAK.search(b"".join([method, *chain.from_iterable(headers)])):
+        raise httpx.LocalProtocolError("a header with a line break would be a second request")
+    return encode_request(method, request.url.raw_path, headers, body)

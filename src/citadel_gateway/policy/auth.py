@@ -10,7 +10,7 @@ import secrets
 import attrs
 
 _LONGEST = 512
-_BEARER = re.compile(rb"[Bb]earer ([\x21-\x2b\x2d-\x7e]+)\Z")  # one space, no commas: one token
+_BEARER = re.compile(rb"(?i:bearer) ([\x21-\x2b\x2d-\x7e]+)\Z")  # one space, no commas: one token
 _NO_KEY = b"\0" * 32  # compared with when nothing matches, so that the work is the same
 
 

@@ -149,25 +149,28 @@ class CircuitBreaker:
             self._trips = 0
         if permit.probe:
             return self._move(State.CLOSED, "probe succeeded", now)
-        self._window.add(now, failed=False)
-        return None
+        return self._weigh(now, failed=False)
 
     def _bad(self, permit: Permit, now: float) -> Transition | None:
         self._failures += 1
         self._successes = 0
         if permit.probe:
             return self._trip("probe failed", now)
-        self._window.add(now, failed=True)
         if self._failures >= self.policy.threshold:
             return self._trip("consecutive failures", now)
-        total, failed = self._window.counts(now)
-        if total >= self.policy.min_requests and failed >= total * self.policy.failure_ratio:
+        return self._weigh(now, failed=True)
+
+    def _weigh(self, now: float, *, failed: bool) -> Transition | None:
+        self._window.add(now, failed=failed)
+        total, bad = self._window.counts(now)
+        if total >= self.policy.min_requests and bad >= total * self.policy.failure_ratio:
             return self._trip("failure ratio", now)
         return None
 
     def _trip(self, why: str, now: float) -> Transition:
         rest = self.policy.rest * min(2**self._trips, _LONGEST)
         self._trips += 1
+        self._successes = 0
         change = self._move(State.OPEN, why, now)
         self._open_until = now + rest * (0.9 + 0.2 * self.jitter())
         return change

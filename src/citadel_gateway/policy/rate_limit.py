@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import attrs
 
+_NOW = 1e-6  # seconds: sums of floats are off by less, and nobody is turned away for that
+
 
 @attrs.define(eq=False)
 class TokenBucket:
@@ -26,15 +28,16 @@ class TokenBucket:
         """Seconds until *cost* units fit; 0.0 if they fit now; inf if they never will."""
         if cost > self.burst:
             return math.inf
-        return max(0.0, self._after(now, cost) - now - self.burst / self.rate)
+        wait = self._after(now, cost) - now - self.burst / self.rate
+        return wait if wait > _NOW else 0.0
 
     def spend(self, now: float, cost: float = 1.0) -> None:
         self._tat = self._after(now, cost)
 
     def remaining(self, now: float) -> int:
         """Whole units that would fit now."""
-        filled = self.burst - (max(self._tat, now) - now) * self.rate
-        return max(0, math.floor(filled + 1e-9))
+        filled = self.burst - (max(self._tat, now) - now - _NOW) * self.rate
+        return min(math.floor(self.burst), max(0, math.floor(filled)))
 
     def reset(self, now: float) -> float:
         """Seconds until the bucket is full again."""
@@ -87,8 +90,8 @@ def _allowance(bucket: TokenBucket, now: float) -> Allowance:
 class ClientBuckets:
     """A bucket for each client, in bounded memory.
 
-    A full bucket carries no information and may be forgotten at any time; others are kept, least
-    recently used last, up to *most*.
+    A full bucket carries no information and may be forgotten at any time.  When there are *most*,
+    the least recently used one goes: nearly always it is full, and finding it costs nothing.
     """
 
     rate: float
@@ -116,5 +119,8 @@ class ClientBuckets:
         return len(self._buckets)
 
     def _make_room(self, now: float) -> None:
-        if len(self._buckets) >= self.most and not self.forget_full(now):
+        while self._buckets:
+            oldest = next(iter(self._buckets.values()))
+            if len(self._buckets) < self.most and not oldest.is_full(now):
+                return
             self._buckets.popitem(last=False)

@@ -42,11 +42,10 @@ def judge_status(status: int, *, has_retry_after: bool) -> Judgement:
             return Judgement(Retry.SAFE, Verdict.NO_OPINION)
         case 503:
             return Judgement(Retry.SAFE, Verdict.BAD)
-        case 401 | 403 | 404:
-            # Our key or our model name is wrong there; another endpoint may know better.
+        case 401 | 403 | 404 | 408:
+            # Our key or our model name is wrong there, or it was too slow to read what we sent;
+            # another endpoint may do better.  A 4xx never counts against the breaker.
             return Judgement(Retry.SAFE, Verdict.NO_OPINION)
-        case 408:
-            return Judgement(Retry.SAFE, Verdict.BAD)
         case _ if status >= 500:
             return Judgement(Retry.AMBIGUOUS, Verdict.BAD)
         case _:

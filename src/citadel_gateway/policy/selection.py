@@ -107,7 +107,7 @@ def make_picker(algorithm: str, rng: random.Random) -> Picker:
         case "power_of_two":
             return PowerOfTwo(rng)
         case "least_latency":
-            return Least(lambda e, share: (e.latency.value * _load(e, share)[0],))
+            return Least(_expected_latency)
         case "cost":
             return Least(lambda e, share: (e.cost or 0.0, *_load(e, share)))
     raise ValueError(f"unknown algorithm {algorithm!r}")
@@ -124,6 +124,14 @@ def cost_shares(endpoints: Sequence[Endpoint]) -> dict[Endpoint, float]:
         return {}
     cheapest = min(prices)
     return {e: (cheapest / e.cost) ** 0.5 if e.cost else 1.0 for e in endpoints}
+
+
+def _expected_latency(endpoint: Endpoint, share: float) -> tuple[float, ...]:
+    """An unknown endpoint is tried first, but by one request, not by all until it has answered."""
+    (load,) = _load(endpoint, share)
+    latency = endpoint.latency.value
+    is_being_tried = latency == 0 and endpoint.in_flight > 0
+    return (is_being_tried, latency * load, load)
 
 
 def _load(endpoint: Endpoint, share: float) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ oldest that can be placed goes first, so a full model never blocks a free one.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Hashable
 from typing import TypeAlias
@@ -132,18 +133,16 @@ class Waitroom:
     def _place(self, ticket: Ticket, now: float) -> Slot | Nobody | None:
         match ticket.choose(now):
             case Endpoint() as endpoint:
+                slot = Slot.take(endpoint, now)
                 self.taken += 1
                 ticket.seated = True
-                return Slot.take(endpoint, now)
+                return slot
             case nobody:
                 return nobody
 
     def _enqueue(self, ticket: Ticket) -> None:
-        waiting = self._groups.setdefault(ticket.group, deque())
-        if waiting and ticket.serial < waiting[0].serial:
-            waiting.appendleft(ticket)
-        else:
-            waiting.append(ticket)
+        # By age, not at the end: see `move`.
+        insort(self._groups.setdefault(ticket.group, deque()), ticket, key=lambda t: t.serial)
         self._depths[ticket.queue] = self.depth(ticket.queue) + 1
 
     def _dequeue(self, ticket: Ticket) -> None:

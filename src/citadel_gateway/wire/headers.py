@@ -47,7 +47,8 @@ def tracing(headers: Headers) -> Headers:
 
 def duration_ms(seconds: float) -> str:
     """A duration as rate limit headers write it: ``250ms``, ``1s``, ``6m0s``."""
-    if seconds < 1:
-        return f"{round(seconds * 1000)}ms"
+    milliseconds = round(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"

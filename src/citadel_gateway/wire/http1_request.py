@@ -17,10 +17,14 @@ from citadel_gateway.wire.headers import Headers, first, values
 MAX_TARGET = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
+_MAX_PENDING = MAX_TARGET + MAX_HEADER_BYTES + 256  # a whole head with its request line
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(:\d{1,5})?\Z")
 _TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*\Z")  # origin-form, visible ASCII, no fragment
 _LENGTH = re.compile(rb"(0|[1-9]\d{0,15})\Z")
+
+
+_VERSIONS = "only HTTP/1.0 and HTTP/1.1 are spoken here"
 
 
 class BadRequest(Exception):
@@ -85,7 +89,7 @@ class RequestParser:
     _target: bytes = attrs.field(default=b"", init=False)
     _headers: Headers = attrs.field(factory=list, init=False)
     _header_bytes: int = attrs.field(default=0, init=False)
-    _pending: int = attrs.field(default=0, init=False)  # fed since the last complete head
+    _pending: int = attrs.field(default=0, init=False)  # fed since the last sign of progress
     _in_head: bool = attrs.field(default=False, init=False)
     _replaying: bool = attrs.field(default=False, init=False)
     _upgrade: bool = attrs.field(default=False, init=False)
@@ -104,24 +108,29 @@ class RequestParser:
 
     def feed(self, data: bytes) -> None:
         """Raises :class:`BadRequest`; the parser is of no use afterwards."""
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError as exc:
-            raise self._error or _explain(exc) from None
-        if self._in_head:
-            # A header that never ends is accumulated inside the parser: count what went in.
-            self._pending += len(data)
-            if self._pending > MAX_TARGET + MAX_HEADER_BYTES:
+        self._pending += len(data)
+        while data:
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._ignore_upgrade()
+            except httptools.HttpParserError as exc:
+                raise self._error or _explain(exc) from None
+        if self._pending > _MAX_PENDING:
+            # A header, trailer or chunk extension that never ends.  The parser accumulates those
+            # inside, or skips them, so what went in is counted.
+            if self._in_head:
                 raise BadRequest(431, "the request head is too large")
+            raise BadRequest(400, "too many bytes that are neither a head nor a body")
 
     # What llhttp calls.
 
     def on_message_begin(self) -> None:
         if not self._replaying:
             self._target, self._headers, self._header_bytes = b"", [], 0
-            self._in_head = True
+            self._in_head, self._pending = True, 0
 
     def on_url(self, url: bytes) -> None:
         if self._replaying:
@@ -146,6 +155,8 @@ class RequestParser:
         self._in_head, self._pending = False, 0
         method = self._parser.get_method().decode("ascii")
         version = self._parser.get_http_version()
+        if version not in {"1.0", "1.1"}:
+            self._refuse(505, _VERSIONS)
         self._check_target(method)
         content_length, chunked = self._check_framing(version)
         self._check_host(version)
@@ -167,6 +178,7 @@ class RequestParser:
         self.requests.append(self._current)
 
     def on_body(self, body: bytes) -> None:
+        self._pending = 0
         if self._current is not None:
             self._current.add(body)
 
@@ -213,7 +225,7 @@ class RequestParser:
         self._error = BadRequest(status, message)
         raise self._error
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
+    def _ignore_upgrade(self) -> None:
         """Go on in plain HTTP/1.1 after a client offered another protocol (say, h2c).
 
         llhttp stops there and takes the body for the other protocol's.  A fresh parser is told
@@ -230,14 +242,12 @@ class RequestParser:
             self._replaying = True
             self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
             self._replaying = False
-        if rest:
-            self.feed(rest)
 
 
 def _explain(exc: httptools.HttpParserError) -> BadRequest:
     message = str(exc)
-    if "version" in message or "PRI" in message:
-        return BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    if "Invalid HTTP version" in message or "PRI" in message:
+        return BadRequest(505, _VERSIONS)
     if "Transfer-Encoding" in message and "Content-Length" not in message:
         return BadRequest(501, "the only Transfer-Encoding understood is 'chunked'")
     return BadRequest(400, f"not a valid HTTP request: {message}")

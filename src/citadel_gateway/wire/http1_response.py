@@ -52,7 +52,8 @@ class ResponseParser:
     _parser: httptools.HttpResponseParser = attrs.field(init=False)
     _error: BadResponse | None = attrs.field(default=None, init=False)
     _body: list[bytes] = attrs.field(factory=list, init=False)
-    _fed: int = attrs.field(default=0, init=False)
+    _head_bytes: int = attrs.field(default=0, init=False)
+    _pending: int = attrs.field(default=0, init=False)  # fed since the last bit of body
     _informational: int = attrs.field(default=0, init=False)
     _until_close: bool = attrs.field(default=False, init=False)
 
@@ -65,6 +66,7 @@ class ResponseParser:
             self.surplus = True
             return
         self.started = True
+        self._pending += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
@@ -72,10 +74,10 @@ class ResponseParser:
                 self.surplus = True  # what follows the response is not our business, nor parsed
                 return
             raise self._error or BadResponse(f"not a valid HTTP response: {exc}") from None
-        if not self.head_complete:
-            self._fed += len(data)
-            if self._fed > MAX_HEAD:
-                raise BadResponse(f"the response head is larger than {MAX_HEAD} bytes")
+        if self._pending > MAX_HEAD and not self._is_complete():
+            # An endless header or trailer is accumulated inside the parser: count what went in.
+            where = "trailer" if self.head_complete else "head"
+            raise BadResponse(f"the response {where} is larger than {MAX_HEAD} bytes")
 
     def feed_eof(self) -> None:
         """The upstream closed the connection; that ends a body without framing."""
@@ -103,7 +105,8 @@ class ResponseParser:
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.head_complete:
             self.headers.append((name.lower(), value))
-            if len(name) + len(value) > MAX_HEAD:
+            self._head_bytes += len(name) + len(value) + 4
+            if self._head_bytes > MAX_HEAD:
                 self._refuse(f"the response head is larger than {MAX_HEAD} bytes")
 
     def on_headers_complete(self) -> None:
@@ -122,6 +125,7 @@ class ResponseParser:
             self._refuse(f"the upstream sent the status {status}")
         self.status = status
         self.head_complete = True
+        self._pending = 0
         self.http_version = self._parser.get_http_version()
         framed = (
             first(self.headers, b"content-length") is not None
@@ -135,6 +139,7 @@ class ResponseParser:
         self.complete = self.bodiless
 
     def on_body(self, body: bytes) -> None:
+        self._pending = 0
         if not self.surplus and not self.bodiless:
             self._body.append(body)
 
@@ -143,6 +148,7 @@ class ResponseParser:
             self.complete = True
 
     def _is_complete(self) -> bool:
+        """The same as :attr:`complete`, which type checkers believe unchanged by a callback."""
         return self.complete
 
     def _refuse(self, message: str) -> None:

@@ -64,6 +64,16 @@ def is_error(answer: dict[str, Any]) -> bool:
     return bool(answer.get("error")) or answer.get("object") == "error"
 
 
+def raise_if_error(body: bytes) -> None:
+    """Raises :class:`EngineError` if *body* is an error that came with a good status."""
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return
+    if isinstance(answer, dict) and is_error(answer):
+        raise parse_error(502, body)
+
+
 def parse_usage(usage: Any) -> Usage:
     """Token counts; absent or absurd ones are zero."""
     if not isinstance(usage, dict):
@@ -87,15 +97,23 @@ def parse_error(status: int, body: bytes) -> EngineError:
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
-        answer = None
+        answer = _plain_text(body)
     error: Any = answer
     if isinstance(answer, dict):
         error = answer.get("error") or answer.get("detail") or answer
-    if isinstance(error, str):
+    if isinstance(error, list):
+        error = orjson.dumps(error).decode()  # FastAPI's list of what is wrong with which field
+    if isinstance(error, str) and error:
         error = {"message": error}
     if not isinstance(error, dict):
         error = {"message": f"The upstream answered with status {status} and no explanation."}
     return _engine_error(status, error)
+
+
+def _plain_text(body: bytes) -> str:
+    """*body* as an explanation; markup, as proxies send it, is none."""
+    text = body.decode("utf-8", "replace").strip()
+    return "" if text.startswith("<") else text
 
 
 def _engine_error(status: int, error: dict[str, Any]) -> EngineError:
@@ -169,7 +187,8 @@ class StreamReader:
         return self.usage or Usage(0, self.content_events)
 
     def _read_chunk(self, chunk: dict[str, Any]) -> EventKind:
-        if (usage := chunk.get("usage")) is not None:
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
             self.usage = parse_usage(usage)
         choices = chunk.get("choices")
         if not isinstance(choices, list) or not choices:

@@ -7,18 +7,18 @@ request for usage numbers.  Fields that the gateway does not know pass through u
 from __future__ import annotations
 
 import enum
-import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
-import orjson
 
 from citadel_gateway.errors import invalid_request
+from citadel_gateway.wire.json_object import Span, json_type, parse_object, set_members
 
 AUTO: Final = "auto"
 _MAX_MODEL_NAME = 256
+_MAX_MESSAGES = 4096
+_MAX_ITEMS = 100_000  # of a prompt given as tokens
 _STATEFUL = ("store", "previous_response_id", "background", "conversation")
 
 
@@ -39,6 +39,7 @@ class InferenceRequest:
     :param stateless: nothing stays behind at the engine, so it may be sent twice.
     :param prompt_tokens: an estimate, four characters to the token.
     :param max_tokens: the bound on the answer, if the client gave one.
+    :param spans: where the value of each field stands in the body.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class InferenceRequest:
     stateless: bool
     prompt_tokens: int
     max_tokens: int | None
+    spans: Mapping[str, Span] = attrs.field(repr=False)
 
     def body_for(self, model: str, *, ask_usage: bool) -> bytes:
         """The body to send: for *model*, and asking for the usage of a stream if *ask_usage*."""
@@ -59,13 +61,12 @@ class InferenceRequest:
         if ask_usage and self.stream and not self.wants_usage:
             options = self.fields.get("stream_options") or {}
             changes["stream_options"] = {**options, "include_usage": True}
-        return _with_changes(self.body, self.fields, changes) if changes else self.body
+        return set_members(self.body, self.spans, changes) if changes else self.body
 
 
 def parse_request(kind: Kind, body: bytes) -> InferenceRequest:
     """Raises a :class:`GatewayError` with status 400 that names the field at fault."""
-    fields = _parse_object(body)
-    _check_duplicates(body)
+    fields, spans = parse_object(body)
     for name, check in _CHECKS.items():
         if name in fields and (problem := check(fields[name])):
             raise invalid_request(f"'{name}' {problem}.", param=name, code="invalid_type")
@@ -93,50 +94,8 @@ def parse_request(kind: Kind, body: bytes) -> InferenceRequest:
         stateless=not any(fields.get(name) for name in _STATEFUL),
         prompt_tokens=len(body) // 4,
         max_tokens=fields.get("max_completion_tokens") or fields.get("max_tokens"),
+        spans=spans,
     )
-
-
-def _parse_object(body: bytes) -> dict[str, Any]:
-    if not body:
-        raise invalid_request("The request body is empty; a JSON object is needed.")
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
-        raise invalid_request(f"The request body is not valid JSON: {exc}.") from None
-    if not isinstance(fields, dict):
-        raise invalid_request(f"The request body must be a JSON object, not {_json_type(fields)}.")
-    return fields
-
-
-def _check_duplicates(body: bytes) -> None:
-    """Refuse keys that stand twice at the top level.
-
-    Parsers take the first or the last, so we might route by one and the engine run the other.
-    Only when a key that matters occurs twice as text is the exact and slow look worth taking.
-    """
-    suspicious = any(body.count(key) > 1 for key in _GUARDED) or rb"\u00" in body
-    if not suspicious:
-        return
-    try:
-        pairs = json.loads(body, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError):
-        raise invalid_request("The request body is not valid JSON.") from None
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise invalid_request(
-                f"'{name}' is given more than once.", param=name, code="duplicate_key"
-            )
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object with its duplicates."""
-
-
-_GUARDED = tuple(
-    b'"%s"' % name for name in (b"model", b"stream", b"stream_options", b"messages", b"prompt",
-                                b"input", b"max_tokens", b"n")
-)  # fmt: skip
 
 
 def _check_messages(messages: Any) -> None:
@@ -144,15 +103,20 @@ def _check_messages(messages: Any) -> None:
         raise invalid_request("'messages' is required.", param="messages", code="missing")
     if not isinstance(messages, list):
         raise invalid_request(
-            f"'messages' must be a list, not {_json_type(messages)}.",
+            f"'messages' must be a list, not {json_type(messages)}.",
             param="messages", code="invalid_type",
         )  # fmt: skip
     if not messages:
         raise invalid_request("'messages' must not be empty.", param="messages", code="empty")
+    if len(messages) > _MAX_MESSAGES:
+        raise invalid_request(
+            f"'messages' must not be longer than {_MAX_MESSAGES}.",
+            param="messages", code="too_long",
+        )  # fmt: skip
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise invalid_request(
-                f"'messages[{i}]' must be an object, not {_json_type(message)}.",
+                f"'messages[{i}]' must be an object, not {json_type(message)}.",
                 param=f"messages[{i}]", code="invalid_type",
             )  # fmt: skip
         if not isinstance(message.get("role"), str):
@@ -173,11 +137,15 @@ def _check_input(fields: dict[str, Any], name: str) -> None:
         raise invalid_request(f"'{name}' is required.", param=name, code="missing")
     if not isinstance(value, str | list):
         raise invalid_request(
-            f"'{name}' must be a string or a list, not {_json_type(value)}.",
+            f"'{name}' must be a string or a list, not {json_type(value)}.",
             param=name, code="invalid_type",
         )  # fmt: skip
     if value == []:
         raise invalid_request(f"'{name}' must not be empty.", param=name, code="empty")
+    if isinstance(value, list) and len(value) > _MAX_ITEMS:
+        raise invalid_request(
+            f"'{name}' must not have more than {_MAX_ITEMS} items.", param=name, code="too_long"
+        )
 
 
 def _boolean(value: Any) -> str | None:
@@ -243,48 +211,3 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "response_format": _object,
     "user": _text,
 }
-
-
-def _json_type(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
-
-
-def _with_changes(body: bytes, fields: dict[str, Any], changes: dict[str, Any]) -> bytes:
-    """*body* with top-level fields set, by splicing where that is certain to be right.
-
-    Encoding anew would rewrite numbers and escapes of the client's; it is the fallback for a
-    field whose place in the text is not beyond doubt.
-    """
-    for name, value in changes.items():
-        encoded = orjson.dumps(value)
-        if name not in fields:
-            start = body.index(b"{") + 1
-            comma = b"," if fields else b""
-            body = b"%s%s:%s%s%s" % (body[:start], orjson.dumps(name), encoded, comma, body[start:])
-        elif (span := _only_string_value(body, name, fields[name])) is not None:
-            body = body[: span[0]] + encoded + body[span[1] :]
-        else:
-            return orjson.dumps({**fields, **changes})
-    return body
-
-
-def _only_string_value(body: bytes, name: str, value: Any) -> tuple[int, int] | None:
-    """Where the string *value* of *name* stands, if ``"name"`` occurs once in the whole text."""
-    key = b'"%s"' % name.encode()
-    if not isinstance(value, str) or body.count(key) != 1:
-        return None
-    pattern = re.compile(re.escape(key) + rb"\s*:\s*(" + re.escape(orjson.dumps(value)) + rb")")
-    match = pattern.search(body)
-    return match.span(1) if match else None

@@ -27,7 +27,7 @@ def parse_retry_after(value: bytes | None, *, now: datetime | None = None) -> fl
 def _until(text: str, now: datetime) -> float:
     try:
         then = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return -1.0
     if then.tzinfo is None:
         then = then.replace(tzinfo=UTC)

@@ -45,6 +45,8 @@ class EventSplitter:
     def _split_any(self, data: bytes) -> list[bytes]:
         events, start = [], 0
         for match in _BLANK_LINE.finditer(data):
+            if match.end() == len(data) and data.endswith(b"\r"):
+                break  # the other half of a CRLF may be on its way
             events.append(data[start : match.end()])
             start = match.end()
         self._tail = data[start:]
@@ -53,7 +55,7 @@ class EventSplitter:
 
 def event_data(event: bytes) -> bytes | None:
     """The data of an event, its lines joined; ``None`` for a comment or an event without data."""
-    if event.startswith(b"data: ") and event.count(b"\n") == 2 and b"\r" not in event:
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
         return event[6:-2]  # what every engine sends
     lines = [line for line in event.splitlines() if line.startswith(b"data:")]
     if not lines:

@@ -1,0 +1,204 @@
+"""One request to one endpoint: a connection, the clocks, and one kind of failure.
+
+Everything that waits here waits under one cancel scope whose deadline moves from phase to phase,
+so there is no timer per read.  The scope never encloses a ``yield``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import attrs
+import trio
+
+from citadel_gateway.io.connection import Connection
+from citadel_gateway.io.failures import UpstreamFailure, from_clock, from_exception, from_status
+from citadel_gateway.io.pool import ConnectionPool
+from citadel_gateway.io.record import Phase
+from citadel_gateway.io.target import Call, Target, Timing
+from citadel_gateway.wire.headers import Headers, first
+from citadel_gateway.wire.http1_response import BadResponse, CutShort
+from citadel_gateway.wire.openai_answer import EngineError, NotAnAnswer
+from citadel_gateway.wire.sse import EventTooLarge
+
+T = TypeVar("T")
+
+MAX_ERROR_BODY = 256 * 1024
+
+
+class Progress(Protocol):
+    """Where the request is, kept up to date for whoever asks later."""
+
+    phase: Phase
+    upstream_wait: float
+
+
+@attrs.define(eq=False)
+class Attempt:
+    """The life of one attempt."""
+
+    pool: ConnectionPool
+    target: Target
+    call: Call
+    timing: Timing
+    progress: Progress
+    committed: bool = False
+    _connection: Connection | None = attrs.field(default=None, init=False)
+    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _clock: str = attrs.field(default="connect", init=False)
+    _allowed: float = attrs.field(default=0.0, init=False)
+    _final: bool = attrs.field(default=False, init=False)  # the clock is the request's deadline
+    _sent: bool = attrs.field(default=False, init=False)
+    _sent_at: float = attrs.field(default=0.0, init=False)
+    _resent: bool = attrs.field(default=False, init=False)
+
+    async def run(self, use: Callable[[Connection], Awaitable[T]]) -> T:
+        """Send the request and *use* the connection once the head of a good answer is there.
+
+        Whatever goes wrong is raised as :class:`UpstreamFailure`.
+        """
+        try:
+            with self._scope:
+                connection = await self._send()
+                if connection.response.status != 200:
+                    raise await _refused(connection)
+                _check_is_plain(connection.response.headers)
+                return await use(connection)
+            raise self._timed_out()
+        except UpstreamFailure as failure:
+            failure.committed, failure.resent = self.committed, self._resent
+            raise
+        except (EngineError, NotAnAnswer, EventTooLarge, BadResponse, OSError) as exc:
+            translated = from_exception(exc, sent=self._sent)
+            translated.committed, translated.resent = self.committed, self._resent
+            raise translated from exc
+        finally:
+            await self._let_go()
+
+    # The clocks that run once the head is there; :meth:`run` has the ones before.
+
+    def expect_whole(self) -> None:
+        self._start_clock("total", math.inf, self._sent_at)
+
+    def expect_first_token(self) -> None:
+        self._start_clock("first_token", self.timing.first_token, self._sent_at)
+
+    def expect_more(self) -> None:
+        """The next read of a stream is due; called again after each."""
+        timing = self.timing
+        idle, total = trio.current_time() + timing.idle, self._sent_at + timing.total
+        self._final = False
+        if idle <= total:
+            self._clock, self._allowed, self._scope.deadline = "idle", timing.idle, idle
+        else:
+            self._clock, self._allowed, self._scope.deadline = "total", timing.total, total
+
+    def stop_clock(self) -> None:
+        """Somebody else's turn to be slow: the client's."""
+        self._move_deadline(math.inf)
+
+    def note_wait(self, connection: Connection) -> None:
+        """Add to the books how long the upstream has kept us waiting."""
+        self.progress.upstream_wait += connection.waited
+        connection.waited = 0.0
+
+    async def _send(self) -> Connection:
+        connection = await self._connect(fresh=False)
+        try:
+            await self._exchange(connection)
+        except (CutShort, OSError):
+            died = connection.is_reused and not connection.response.started
+            if not died or not self.call.request.stateless:
+                raise
+            # The upstream hung up on an idle connection just as we used it.
+            await self._let_go()
+            connection = await self._connect(fresh=True)
+            self._resent = True
+            await self._exchange(connection)
+        return connection
+
+    async def _connect(self, *, fresh: bool) -> Connection:
+        self.progress.phase = Phase.CONNECTING
+        began = trio.current_time()
+        self._start_clock("connect", self.timing.connect, began)
+        try:
+            self._connection = await self.pool.acquire(self.target.origin, fresh=fresh)
+        finally:
+            self.progress.upstream_wait += trio.current_time() - began
+        return self._connection
+
+    async def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self.note_wait(connection)
+            await self.pool.release(connection)
+
+    async def _exchange(self, connection: Connection) -> None:
+        self.progress.phase = Phase.WAITING
+        now = trio.current_time()
+        self._start_clock("headers", self.timing.headers, now)
+        self._sent, self._sent_at = True, now
+        try:
+            await connection.send(self.call.encode(self.target))
+        except OSError as exc:
+            # It may have refused the request while we were still sending: that answer counts.
+            try:
+                await connection.read_head()
+            except (BadResponse, OSError):
+                raise exc from None
+        else:
+            await connection.read_head()
+
+    def _start_clock(self, name: str, allowed: float, since: float) -> None:
+        """Give the upstream *allowed* seconds, but no more than the request has."""
+        timing = self.timing
+        due = since + allowed
+        self._move_deadline(min(due, timing.deadline))
+        self._final = due >= timing.deadline
+        if self._final:
+            name = "first_token" if self.call.request.stream else "total"
+            allowed = timing.allowed
+        self._clock, self._allowed = name, allowed
+
+    def _move_deadline(self, to: float) -> None:
+        if self._scope.cancel_called:
+            # It struck in the very tick in which the upstream spoke.  Whatever waits next would
+            # be cancelled, in the middle of a write to the client for instance.
+            raise self._timed_out()
+        self._scope.deadline = to
+
+    def _timed_out(self) -> UpstreamFailure:
+        return from_clock(
+            self._clock,
+            self._allowed,
+            sent=self._sent,
+            final=self._final,
+            shortened=self.timing.shortened,
+        )
+
+
+async def read_all(connection: Connection, limit: int) -> bytes:
+    """The rest of a body.  Raises :class:`BadResponse` if it is larger than *limit*."""
+    pieces, size = [], 0
+    while piece := await connection.read_body():
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise BadResponse(f"the upstream's answer is larger than {limit} bytes")
+    return b"".join(pieces)
+
+
+def _check_is_plain(headers: Headers) -> None:
+    if first(headers, b"content-encoding") not in {None, b"identity"}:
+        raise NotAnAnswer("the upstream's answer is compressed")
+
+
+async def _refused(connection: Connection) -> UpstreamFailure:
+    """The failure behind a status other than 200."""
+    try:
+        body = await read_all(connection, MAX_ERROR_BODY)
+    except (BadResponse, OSError):
+        body = b""  # the status has said what matters
+    return from_status(connection.response.status, connection.response.headers, body)

@@ -1,0 +1,161 @@
+"""A stream on its way from an upstream to a client: looked into, held back, never rewritten."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Protocol
+
+import attrs
+import trio
+
+from citadel_gateway.io.attempt import MAX_ERROR_BODY, Attempt, read_all
+from citadel_gateway.io.connection import Connection
+from citadel_gateway.io.record import Phase
+from citadel_gateway.wire.headers import first
+from citadel_gateway.wire.http1_response import BadResponse, CutShort
+from citadel_gateway.wire.openai_answer import (
+    EngineError,
+    EventKind,
+    NotAnAnswer,
+    StreamReader,
+    raise_if_error,
+)
+from citadel_gateway.wire.sse import DONE, EventSplitter
+
+_MAX_HELD_EVENTS = 64
+_MAX_HELD_BYTES = 256 * 1024
+_AFTER_DONE = 0.05  # for the end of a body whose last event was already here
+
+
+class Sink(Protocol):
+    """Where a stream goes: the client, or whoever stands in for it."""
+
+    async def start(self, data: bytes) -> None:
+        """Commit the answer: send the head and the first events."""
+        ...
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def finish(self, data: bytes) -> None:
+        """Send the last bytes and end the body."""
+        ...
+
+
+@attrs.define(eq=False)
+class StreamRelay:
+    """One stream.  Nothing reaches the sink before the first event with content.
+
+    Until then another endpoint may still be asked, and the client need never know.
+    """
+
+    attempt: Attempt
+    sink: Sink
+    reader: StreamReader
+    _splitter: EventSplitter = attrs.field(factory=EventSplitter, init=False)
+    _has_content: bool = attrs.field(default=False, init=False)
+    _held: list[bytes] = attrs.field(factory=list, init=False)
+    _held_bytes: int = attrs.field(default=0, init=False)
+    _held_events: int = attrs.field(default=0, init=False)
+
+    async def run(self, connection: Connection) -> None:
+        """Relay until the answer is whole; raises what the upstream did wrong."""
+        await _check_is_stream(connection)
+        attempt, reader = self.attempt, self.reader
+        attempt.expect_first_token()
+        while data := await connection.read_body():
+            error = self._take_in(self._splitter.feed(data))
+            if reader.done:
+                break
+            if self._has_content:
+                await self._flush(connection)
+                attempt.expect_more()
+            if error is not None:
+                raise error
+        else:
+            self._take_in_rest()
+        if not reader.is_whole:
+            if self._has_content:
+                await self._flush(connection)
+            raise CutShort("the upstream ended the stream before its answer did", started=True)
+        await self._finish(connection)
+        await _read_to_end(connection)
+
+    def _take_in(self, events: list[bytes]) -> Exception | None:
+        """Hold events back for the next write; returns the error that one of them is, if any."""
+        for event in events:
+            try:
+                kind = self.reader.read(event)
+            except (EngineError, NotAnAnswer) as exc:
+                return exc
+            if kind is EventKind.DONE:
+                return None  # written by us, when it is known to be true
+            if kind is EventKind.CONTENT:
+                self._has_content = True
+            elif not self._passes(kind):
+                continue
+            self._held.append(event)
+            self._held_bytes += len(event)
+            self._held_events += not event.startswith(b":")  # pings while a long prompt is read
+        too_much = self._held_events > _MAX_HELD_EVENTS or self._held_bytes > _MAX_HELD_BYTES
+        if too_much and not self._has_content:
+            return NotAnAnswer("the upstream sent many events and no content")
+        return None
+
+    def _passes(self, kind: EventKind) -> bool:
+        match kind:
+            case EventKind.MALFORMED:
+                return False
+            case EventKind.USAGE:
+                return self.attempt.call.request.wants_usage
+            case _:
+                return True
+
+    def _take_in_rest(self) -> None:
+        """The upstream hung up: a last event may lack its blank line."""
+        rest = self._splitter.rest().strip()
+        if rest:
+            error = self._take_in([rest + b"\n\n"])
+            if error is not None:
+                raise error
+
+    async def _flush(self, connection: Connection) -> None:
+        attempt = self.attempt
+        attempt.stop_clock()
+        data = b"".join(self._held)
+        self._held.clear()
+        self._held_bytes = self._held_events = 0
+        if not attempt.committed:
+            attempt.committed = True
+            attempt.note_wait(connection)
+            attempt.progress.phase = Phase.STREAMING
+            await self.sink.start(data)
+        elif data:
+            await self.sink.write(data)
+
+    async def _finish(self, connection: Connection) -> None:
+        self._held.append(DONE)
+        if not self.attempt.committed:
+            await self._flush(connection)
+        self.attempt.stop_clock()
+        await self.sink.finish(b"".join(self._held))
+
+
+async def _read_to_end(connection: Connection) -> None:
+    """Wait a moment for the end of a body, so that its connection can be used again.
+
+    The client has its answer: whatever goes wrong now costs the connection and nothing else.
+    """
+    # Shielded: clients hang up on [DONE], which must not turn a success into a cancellation.
+    with trio.move_on_after(_AFTER_DONE, shield=True), suppress(BadResponse, OSError):
+        await connection.read_body()
+
+
+async def _check_is_stream(connection: Connection) -> None:
+    content_type = (first(connection.response.headers, b"content-type") or b"").lower()
+    if content_type.startswith(b"text/event-stream"):
+        return
+    if content_type.startswith(b"application/json"):
+        body = await read_all(connection, MAX_ERROR_BODY)
+        raise_if_error(body)
+    kind = content_type.decode("latin-1") or "no content type"
+    raise NotAnAnswer(f"the upstream answered a stream request with {kind}")

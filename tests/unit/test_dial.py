@@ -1,0 +1,262 @@
+"""Opening streams: addresses, TLS, and whose fault a failure is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import ssl
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import anyio
+import pytest
+import trio
+import trio.testing
+import trustme
+from anyio.abc import ByteStream
+
+from citadel_gateway.io.dial import Origin, is_our_own_lack, make_connect
+from tests.support.openfds import open_descriptors
+from tests.support.raw_client import reset_stream
+from tests.support.step_cancel import cancel_at
+
+Handler = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+@pytest.mark.parametrize(
+    ("origin", "authority"),
+    [
+        (Origin("http", "engine", 80), b"engine"),
+        (Origin("http", "engine", 8000), b"engine:8000"),
+        (Origin("https", "engine", 443), b"engine"),
+        (Origin("https", "engine", 80), b"engine:80"),
+        (Origin("http", "::1", 80), b"[::1]"),
+        (Origin("http", "::1", 8000), b"[::1]:8000"),
+    ],
+)
+def test_the_host_header_names_the_port_unless_it_is_the_usual_one(
+    origin: Origin, authority: bytes
+) -> None:
+    assert origin.authority == authority
+
+
+def wrapped(*reasons: OSError) -> OSError:
+    """What anyio makes of its attempts to connect."""
+    error = OSError("All connection attempts failed")
+    error.__cause__ = reasons[0] if len(reasons) == 1 else ExceptionGroup("attempts", reasons)
+    return error
+
+
+REFUSED = OSError(errno.ECONNREFUSED, "refused")
+FULL = OSError(errno.EMFILE, "too many open files")
+NO_ADDRESS = OSError(errno.EADDRNOTAVAIL, "no address")
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (FULL, True),
+        (REFUSED, False),
+        (wrapped(FULL), True),
+        (wrapped(REFUSED), False),
+        (wrapped(FULL, FULL), True),
+        (wrapped(NO_ADDRESS, REFUSED), False),
+        (ConnectionResetError("no number"), False),
+    ],
+)
+def test_a_lack_is_ours_only_if_every_attempt_says_so(error: OSError, ours: bool) -> None:
+    assert is_our_own_lack(error) is ours
+
+
+async def listen(nursery: trio.Nursery, handler: Handler, host: str = "127.0.0.1") -> int:
+    listeners: list[trio.SocketListener] = await nursery.start(
+        partial(trio.serve_tcp, handler, 0, host=host)
+    )
+    port: int = listeners[0].socket.getsockname()[1]
+    return port
+
+
+async def say_hello(stream: trio.SocketStream) -> None:
+    await stream.send_all(b"hello")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_both_families_of_addresses_are_dialled(host: str, nursery: trio.Nursery) -> None:
+    try:
+        port = await listen(nursery, say_hello, host)
+    except OSError:
+        pytest.skip(f"no {host} here")
+    stream = await make_connect()(Origin("http", host, port))
+    async with stream:
+        assert await stream.receive() == b"hello"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_closed_port_is_an_os_error_and_not_our_lack(nursery: trio.Nursery) -> None:
+    with trio.socket.socket() as held:
+        await held.bind(("127.0.0.1", 0))  # bound, not listening
+        with pytest.raises(OSError, match="All connection") as caught:
+            await make_connect()(Origin("http", "127.0.0.1", held.getsockname()[1]))
+
+    assert not is_our_own_lack(caught.value)
+
+
+async def test_running_out_of_descriptors_is_our_own_lack(nursery: trio.Nursery) -> None:
+    port = await listen(nursery, say_hello)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(next_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, before[1]))
+    try:
+        with pytest.raises(OSError, match="All connection") as caught:
+            await make_connect()(Origin("http", "127.0.0.1", port))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    assert is_our_own_lack(caught.value)
+    nursery.cancel_scope.cancel()
+
+
+# --- TLS -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+def speaking_tls(authority: trustme.CA, name: str) -> Handler:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert(name).configure_cert(context)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+        try:
+            await tls.send_all(b"hello")
+            await tls.receive_some()
+        except trio.BrokenResourceError:
+            pass  # the client did not like us
+
+    return serve
+
+
+async def hang_up(stream: trio.SocketStream) -> None:
+    await stream.receive_some()
+
+
+async def reset(stream: trio.SocketStream) -> None:
+    await stream.receive_some()
+    await reset_stream(stream)
+
+
+async def speak_plainly(stream: trio.SocketStream) -> None:
+    await stream.receive_some()
+    await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+async def test_tls_checks_names_and_addresses(
+    name: str, authority: trustme.CA, nursery: trio.Nursery
+) -> None:
+    port = await listen(nursery, speaking_tls(authority, name))
+    stream = await make_connect(trusting(authority))(Origin("https", name, port))
+    async with stream:
+        assert await stream.receive() == b"hello"
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("fault", ["wrong name", "unknown authority", "plain", "fin", "rst"])
+async def test_a_failed_handshake_is_an_os_error_and_leaves_no_socket(
+    fault: str, authority: trustme.CA, nursery: trio.Nursery
+) -> None:
+    handlers: dict[str, Handler] = {
+        "wrong name": speaking_tls(authority, "other.example"),
+        "unknown authority": speaking_tls(trustme.CA(), "127.0.0.1"),
+        "plain": speak_plainly,
+        "fin": hang_up,
+        "rst": reset,
+    }
+    connect = make_connect(trusting(authority))
+    async with trio.open_nursery() as serving:
+        port = await listen(serving, handlers[fault])
+        before = open_descriptors()
+        with pytest.raises(OSError) as caught:  # noqa: PT011 -- the type is the promise
+            await connect(Origin("https", "127.0.0.1", port))
+        kind = ConnectionResetError if fault in {"fin", "rst"} else ssl.SSLError
+        assert isinstance(caught.value, kind)
+        serving.cancel_scope.cancel()
+
+    assert open_descriptors() <= before - 1  # without the listener
+
+
+async def test_cancelling_a_handshake_hangs_up(
+    authority: trustme.CA, nursery: trio.Nursery
+) -> None:
+    spoken, left = trio.Event(), trio.Event()
+
+    async def say_nothing(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        spoken.set()
+        while await stream.receive_some():
+            pass
+        left.set()
+
+    port = await listen(nursery, say_nothing)
+
+    async def dial() -> ByteStream:
+        return await make_connect(trusting(authority))(Origin("https", "127.0.0.1", port))
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as dialling:
+            dialling.start_soon(dial)
+            await spoken.wait()
+            dialling.cancel_scope.cancel()
+        await left.wait()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_cancelling_a_dial_at_any_step_leaves_no_socket(
+    scheme: str, authority: trustme.CA, nursery: trio.Nursery
+) -> None:
+    served = speaking_tls(authority, "127.0.0.1") if scheme == "https" else hang_up
+    open_now, all_gone = 0, trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal open_now, all_gone
+        open_now += 1
+        all_gone = trio.Event()
+        await served(stream)
+        await stream.aclose()
+        open_now -= 1
+        if not open_now:
+            all_gone.set()
+
+    origin = Origin(scheme, "127.0.0.1", await listen(nursery, serve))
+    connect = make_connect(trusting(authority))
+    before = open_descriptors()
+
+    async def dial_and_leave() -> None:
+        stream = await connect(origin)
+        await anyio.aclose_forcefully(stream)
+
+    with trio.fail_after(5):
+        for step in range(1, 1000):
+            if not await cancel_at(step, dial_and_leave):
+                break
+        # Connections are accepted in order, so that this one is the last to be served.
+        async with await connect(origin) as last:
+            await last.send(b"hello")
+            await trio.testing.wait_all_tasks_blocked()
+        while open_now:
+            await all_gone.wait()
+
+    assert step > 3
+    assert open_descriptors() == before
+    nursery.cancel_scope.cancel()
