@@ -155,8 +155,6 @@ FAULTS = [
     Fault("redirects", engines.redirect("http://169.254.169.254/"), Told(502, "upstream_redirect")),
     Fault("an error with status 200", engines.status(200, error("no memory", code="oom")),
           Told(502, "oom")),
-    Fault("an error with status 200", engines.status(200, error("no memory", code="oom")),
-          NONSENSE, STREAMED),
     Fault("status 500", engines.status(500, error("bug")), Told(500, "upstream_500")),
     Fault("status 502, a web page", engines.html(502), Told(502, "upstream_502")),
     Fault("status 504", engines.status(504), Told(504, "upstream_504")),

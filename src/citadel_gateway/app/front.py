@@ -17,11 +17,17 @@ _SECURITY: Headers = [(b"x-content-type-options", b"nosniff")]
 
 @attrs.define(eq=False)
 class Front:
-    """Dispatches by path, answers CORS preflights, and gives every answer a request id."""
+    """Dispatches by path, answers CORS preflights, and gives every answer a request id.
+
+    :param on_end: told, as fields of a log line, of every answer that the relay does not give.
+    :param unlogged: paths that are asked for too often to be worth a line each.
+    """
 
     relay: Relay
     quart: Callable[..., Awaitable[None]]
     cors: Cors
+    on_end: Callable[[dict[str, Any]], None]
+    unlogged: frozenset[str]
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -44,8 +50,9 @@ class Front:
             await _respond(self._decorate(scope, send), error.status, found, error.body())
 
     def _decorate(self, scope: dict[str, Any], send: Send) -> Send:
+        name = request_id(scope["headers"])
         extra = [
-            (b"x-request-id", request_id(scope["headers"]).encode("ascii")),
+            (b"x-request-id", name.encode("ascii")),
             *_SECURITY,
             *self.cors.headers(scope["headers"]),
         ]
@@ -53,6 +60,16 @@ class Front:
         async def decorated(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *extra]}
+                if scope["path"] not in self.unlogged:
+                    self.on_end(
+                        {
+                            "request_id": name,
+                            "method": scope["method"],
+                            "route": scope["path"],
+                            "status": message["status"],
+                            "client": (scope.get("client") or ("unknown",))[0],
+                        }
+                    )
             await send(message)
 
         return decorated

@@ -80,7 +80,13 @@ class GatewayOrchestrator:
         Raises ``GatewayError`` when nobody could be asked, ``UpstreamFailure`` when the last one
         asked failed.
         """
-        self.budget.deposit(trio.current_time())
+        now = trio.current_time()
+        self.budget.deposit(now)
+        if not any(group.is_any_left((), now) for group in job.plan.groups):
+            first = job.plan.groups[0]
+            raise no_healthy_backend(
+                first.name, first.next_chance(now)
+            )  # not worth a place in line
         journey = _Journey(job, list(job.plan.groups))
         ticket = journey.ticket
         try:

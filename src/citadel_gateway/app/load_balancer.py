@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Container, Mapping
 
 import attrs
 import httpx
@@ -12,6 +11,7 @@ import trio
 
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.config.schema import LoadBalancerConfig, ModelConfig
+from citadel_gateway.config.values import Capability
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
 from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
 from citadel_gateway.io.target import Target
@@ -46,7 +46,7 @@ class Model:
     upstreams: tuple[Upstream, ...]
 
     def can_answer(self, request: InferenceRequest) -> bool:
-        return _CAPABILITY[request.kind] in {c.value for c in self.config.capabilities}
+        return _CAPABILITY[request.kind] in self.config.capabilities
 
     def can_hold(self, request: InferenceRequest) -> bool:
         """Whether prompt and answer fit its context, as far as can be told without a tokenizer."""
@@ -55,9 +55,9 @@ class Model:
 
 
 _CAPABILITY = {
-    Kind.CHAT: "chat",
-    Kind.COMPLETIONS: "completions",
-    Kind.EMBEDDINGS: "embeddings",
+    Kind.CHAT: Capability.CHAT,
+    Kind.COMPLETIONS: Capability.COMPLETIONS,
+    Kind.EMBEDDINGS: Capability.EMBEDDINGS,
 }
 
 
@@ -82,15 +82,19 @@ class Group:
                 full = True
         if free:
             return self.picker.pick(free, self.shares)
-        return None if full else Nobody(self._next_chance(now))
+        return None if full else Nobody(self.next_chance(now))
 
-    def is_any_left(self, tried: AbstractSet[Endpoint], now: float) -> bool:
+    def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether an endpoint that was not *tried* is available, with room or without."""
         return any(e not in tried and e.is_available(now) for e in self.upstreams)
 
-    def _next_chance(self, now: float) -> float:
+    def next_chance(self, now: float) -> float:
+        """Seconds until an endpoint may be available again, as far as can be known."""
         return min(
-            (e.available_in(now) if e.health.healthy else _NEXT_PROBE for e in self.upstreams),
+            (
+                max(e.available_in(now), 0.0 if e.health.healthy else _NEXT_PROBE)
+                for e in self.upstreams
+            ),
             default=_NEXT_PROBE,
         )
 

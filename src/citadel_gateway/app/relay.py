@@ -21,6 +21,7 @@ from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_server import CANCELS, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
 from citadel_gateway.wire.headers import Headers, request_id, tracing
+from citadel_gateway.wire.http1_request import BadRequest
 from citadel_gateway.wire.openai_request import Kind, parse_request
 
 ROUTES = {"/v1" + kind.value: kind for kind in Kind}
@@ -84,7 +85,7 @@ class Relay:
         try:
             await self._answer(scope, receive, response)
         except trio.Cancelled:
-            await self._say_goodbye(response)
+            await self._say_goodbye(response, _refusal(scope))
             raise
         except ResponseAborted:
             raise
@@ -141,10 +142,17 @@ class Relay:
             shortened=shortened,
         )
 
-    async def _say_goodbye(self, response: ClientResponse) -> None:
-        """We were cancelled: the client has left, or the gateway stops and is out of patience."""
+    async def _say_goodbye(self, response: ClientResponse, refusal: BadRequest | None) -> None:
+        """We were cancelled, and note why.
+
+        The request was none, and the server says so; or the client has left; or the gateway stops
+        and is out of patience.
+        """
         record = response.record
         if record.outcome is not None:
+            return
+        if refusal is not None:
+            record.refuse(status=refusal.status, code="bad_http_request", message=str(refusal))
             return
         if not self.is_cutting():
             record.outcome = Outcome.CLIENT_CLOSED
@@ -160,6 +168,12 @@ class Relay:
                     await response.break_off(draining(), Outcome.DRAINING)
                 except ResponseAborted:
                     return  # what is left to do, the cancellation does
+
+
+def _refusal(scope: dict[str, Any]) -> BadRequest | None:
+    """What the server found wrong with the rest of the request, if that is why it cancelled."""
+    refusal: BadRequest | None = (scope.get("extensions") or {}).get(CANCELS, {}).get("refusal")
+    return refusal
 
 
 async def _read_body(receive: Receive, most: int) -> bytes:

@@ -31,6 +31,11 @@ from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.wire.openai_request import Kind, parse_request
 
 _MOST_BODY = 2**20
+_LIVE = ("/livez", "/healthz", "/health/liveliness")
+_READY = ("/readyz", "/health/readiness")
+PROBED = frozenset((*_LIVE, *_READY))
+"""Paths that balancers and supervisors ask for all day."""
+
 _CSP = "default-src 'self'; frame-ancestors 'none'"
 
 
@@ -81,9 +86,9 @@ def _add_health(app: QuartTrio, gateway: Gateway) -> None:
         return Response(await gateway.metrics.render(), content_type=CONTENT_TYPE)
 
     _get(app, monitoring.health_check_endpoint, health)
-    for path in ("/livez", "/healthz", "/health/liveliness"):
+    for path in _LIVE:
         _get(app, path, livez)
-    for path in ("/readyz", "/health/readiness"):
+    for path in _READY:
         _get(app, path, readyz)
     _get(app, monitoring.metrics_endpoint, metrics)
 

@@ -22,7 +22,7 @@ from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.relay import Relay
 from citadel_gateway.app.reports import Reports
-from citadel_gateway.app.routes import make_quart_app
+from citadel_gateway.app.routes import PROBED, make_quart_app
 from citadel_gateway.app.server import Address, Server
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.io.access_log import access_line
@@ -106,7 +106,14 @@ class UnifiedAPIGatewayService:
             is_cutting=lambda: self._cutting,
         )
         quart: Callable[..., Awaitable[None]] = make_quart_app(self)
-        self.app = Front(relay, quart, Cors(self.config.security.cors))
+        monitoring = self.config.monitoring
+        self.app = Front(
+            relay,
+            quart,
+            Cors(self.config.security.cors),
+            on_end=self._note_answer,
+            unlogged=PROBED | {monitoring.health_check_endpoint, monitoring.metrics_endpoint},
+        )
         self._monitoring = quart
 
     # For people at a prompt.
@@ -261,6 +268,10 @@ class UnifiedAPIGatewayService:
         self.metrics.finished(record)
         if self.config.monitoring.access_log:
             self.log.write(access_line(record))
+
+    def _note_answer(self, fields: dict[str, Any]) -> None:
+        if self.config.monitoring.access_log:
+            self.log.event(logging.INFO, "request", **fields)
 
     def _note_transition(self, endpoint: Endpoint, transition: Transition) -> None:
         self._breaker_news.set()

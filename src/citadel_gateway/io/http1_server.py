@@ -35,7 +35,11 @@ App: TypeAlias = Callable[
 ]
 
 CANCELS = "citadel.cancels"
-"""ASGI extension: the server cancels the application itself when the client leaves."""
+"""ASGI extension: the server cancels the application itself when the client leaves.
+
+It is a dictionary; when the server cancels because the request turned out to be broken, and
+answers it itself, ``refusal`` in it is the :class:`BadRequest` that says how.
+"""
 
 _READ = 64 * 1024
 _WRITE = 64 * 1024  # how much a client must take within `write_timeout`
@@ -246,7 +250,7 @@ class HttpConnection:
     def _reject(self, refusal: BadRequest) -> None:
         self._refusal = refusal
         if self._exchange is not None:
-            self._exchange.fail_body()
+            self._exchange.fail_body(refusal)
 
     def _set_clock(self, request: IncomingRequest | None = None) -> None:
         """Start the clock of what is awaited now; *request* is just being taken up.
@@ -306,6 +310,7 @@ class Exchange:
     _continued: bool = attrs.field(default=False, init=False)
     _body_read: bool = attrs.field(default=False, init=False)
     _body_failed: bool = attrs.field(default=False, init=False)
+    _news: dict[str, BadRequest] = attrs.field(factory=dict, init=False)
     _status: int = attrs.field(default=0, init=False)
     _headers: Headers = attrs.field(factory=list, init=False)
     _started: bool = attrs.field(default=False, init=False)
@@ -341,10 +346,11 @@ class Exchange:
         """The client has left: stop working for it."""
         self._scope.cancel()
 
-    def fail_body(self) -> None:
+    def fail_body(self, refusal: BadRequest) -> None:
         """The rest of the body will not come, and the application must not wait for it."""
         if not self.request.complete and not self._finished:
             self._body_failed = True
+            self._news["refusal"] = refusal
             self._scope.cancel()
 
     async def wait_for_room(self) -> None:
@@ -472,7 +478,7 @@ class Exchange:
             "client": connection.client,
             "server": connection.server,
             "state": connection.state,
-            "extensions": {CANCELS: {}},
+            "extensions": {CANCELS: self._news},
         }
 
 
