@@ -248,6 +248,24 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for_for_ever(
 
     assert response.status == 408
     assert took == 60
+    [line] = world.access_log
+    assert (line["status"], line["outcome"], line["code"]) == (
+        408, "invalid_request", "bad_http_request",
+    )  # fmt: skip
+
+
+async def test_every_answer_has_a_log_line_but_those_to_probes(autojump_clock: MockClock) -> None:
+    paths = ("/v1/models", "/v1/models/nope", "/nowhere", "/health", "/metrics", "/readyz")
+    async with careful_gateway() as world:
+        for path in paths:
+            await world.get(path, [("x-request-id", f"to{path}")])
+
+    lines = [(line["request_id"], line["route"], line["status"]) for line in world.access_log]
+    assert lines == [
+        ("to/v1/models", "/v1/models", 200),
+        ("to/v1/models/nope", "/v1/models/nope", 404),
+        ("to/nowhere", "/nowhere", 404),
+    ]
 
 
 # --- headers ---------------------------------------------------------------------------------

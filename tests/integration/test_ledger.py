@@ -227,13 +227,14 @@ async def test_levels_go_back_to_nothing(autojump_clock: MockClock, seed: int) -
         await run(world, seed)
         await trio.sleep(10)
         metrics = await world.metrics()
-        idle = world.service.pool.idle_count
+        idle = world.service.pool.idle_count  # a probe may have been just now
+        still_open = sum(engine.open_connections for engine in world.engines.values())
 
     assert total(metrics, "citadel_gateway_in_flight") == 0
     assert total(metrics, "citadel_gateway_in_flight_requests") == 0
     assert total(metrics, "citadel_gateway_queue_depth") == 0
     assert total(metrics, "citadel_gateway_upstream_connections") == idle
-    assert sum(engine.open_connections for engine in world.engines.values()) == idle
+    assert still_open == idle
 
 
 async def test_labels_come_from_the_configuration_or_from_us(autojump_clock: MockClock) -> None:

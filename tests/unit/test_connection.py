@@ -219,6 +219,24 @@ async def test_a_send_to_a_connection_that_was_reset_is_an_os_error() -> None:
             await connection.send(b"request")
 
 
+async def test_hanging_up_reaches_the_upstream_before_the_task_in_charge_has_noticed() -> None:
+    noticed = trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(ANSWER)
+        assert await stream.receive_some() == b""
+        noticed.set()
+
+    async with connected(serve) as connection:
+        await connection.send(b"request")
+        await read(connection)
+        connection.hang_up()
+        await noticed.wait()
+
+        assert not connection.is_reusable()
+
+
 def speaking_tls(
     authority: trustme.CA, talk: Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]]
 ) -> Handler:

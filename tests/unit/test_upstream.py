@@ -25,7 +25,7 @@ from trio.testing import MockClock
 
 from citadel_gateway.io.dial import Connect, Origin, make_connect
 from citadel_gateway.io.pool import ConnectionPool
-from citadel_gateway.io.record import Phase
+from citadel_gateway.io.record import Phase, nobody_to_hang_up_on
 from citadel_gateway.io.upstream import (
     Call,
     Target,
@@ -74,6 +74,7 @@ class Notes:
 
     phase: Phase = Phase.RECEIVING
     upstream_wait: float = 0.0
+    hang_up: Callable[[], None] = nobody_to_hang_up_on
 
 
 @attrs.define

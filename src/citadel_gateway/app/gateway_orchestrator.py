@@ -83,10 +83,8 @@ class GatewayOrchestrator:
         now = trio.current_time()
         self.budget.deposit(now)
         if not any(group.is_any_left((), now) for group in job.plan.groups):
-            first = job.plan.groups[0]
-            raise no_healthy_backend(
-                first.name, first.next_chance(now)
-            )  # not worth a place in line
+            first = job.plan.groups[0]  # to queue for it would only delay the bad news
+            raise no_healthy_backend(first.name, first.next_chance(now))
         journey = _Journey(job, list(job.plan.groups))
         ticket = journey.ticket
         try:

@@ -53,7 +53,8 @@ class Relay:
     ) -> None:
         """*extra* are headers for every answer, such as those of CORS."""
         response = self._make_response(scope, send, extra)
-        if CANCELS in (scope.get("extensions") or {}):
+        if (news := (scope.get("extensions") or {}).get(CANCELS)) is not None:
+            news["on_leave"] = lambda: response.record.hang_up()
             await self._serve(scope, receive, response)
             return
         # A server that only tells us when the client leaves: watch for it beside the work.

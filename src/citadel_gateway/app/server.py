@@ -142,7 +142,10 @@ class Server:
             await self._emptied.wait()
 
     async def _handle(self, stream: Stream) -> None:
-        """The boundary around one connection: it may fail, the server may not."""
+        """The boundary around one connection: it may fail, the server may not.
+
+        Trio's ``serve_listeners`` closes the stream when this returns.
+        """
         self._streams.add(stream)
         try:
             if len(self._streams) <= self.config.max_connections:
@@ -157,8 +160,6 @@ class Server:
             self._streams.discard(stream)
             if not self._streams:
                 self._emptied.set()
-            with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(stream)
 
     async def _turn_away(self, stream: Stream) -> None:
         """Answer 503 above the limit of connections, as long as that costs next to nothing."""

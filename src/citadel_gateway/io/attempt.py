@@ -16,7 +16,7 @@ import trio
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.failures import UpstreamFailure, from_clock, from_exception, from_status
 from citadel_gateway.io.pool import ConnectionPool
-from citadel_gateway.io.record import Phase
+from citadel_gateway.io.record import Phase, nobody_to_hang_up_on
 from citadel_gateway.io.target import Call, Target, Timing
 from citadel_gateway.wire.headers import Headers, first
 from citadel_gateway.wire.http1_response import BadResponse, CutShort
@@ -29,10 +29,14 @@ MAX_ERROR_BODY = 256 * 1024
 
 
 class Progress(Protocol):
-    """Where the request is, kept up to date for whoever asks later."""
+    """Where the request is, kept up to date for whoever asks later.
+
+    ``hang_up`` ends its connection to the upstream at once, if it has one.
+    """
 
     phase: Phase
     upstream_wait: float
+    hang_up: Callable[[], None]
 
 
 @attrs.define(eq=False)
@@ -127,11 +131,13 @@ class Attempt:
             self._connection = await self.pool.acquire(self.target.origin, fresh=fresh)
         finally:
             self.progress.upstream_wait += trio.current_time() - began
+        self.progress.hang_up = self._connection.hang_up
         return self._connection
 
     async def _let_go(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
+            self.progress.hang_up = nobody_to_hang_up_on
             self.note_wait(connection)
             await self.pool.release(connection)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import select
+import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 
 import anyio
 import attrs
@@ -33,15 +35,14 @@ class Connection:
     requests: int = attrs.field(default=0, init=False)
     waited: float = attrs.field(default=0.0, init=False)  # seconds, for the upstream to speak
     response: ResponseParser = attrs.field(init=False)
-    _descriptor: int = attrs.field(default=-1, init=False)
+    _raw: socket.socket | None = attrs.field(default=None, init=False)
     _tls: ssl.SSLObject | None = attrs.field(default=None, init=False)
     _busy: bool = attrs.field(default=False, init=False)
     _sent: bool = attrs.field(default=False, init=False)
     _mistake: BadResponse | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        raw = self.stream.extra(SocketAttribute.raw_socket, None)
-        self._descriptor = -1 if raw is None else raw.fileno()
+        self._raw = self.stream.extra(SocketAttribute.raw_socket, None)
         self._tls = self.stream.extra(TLSAttribute.ssl_object, None)
 
     @property
@@ -103,13 +104,24 @@ class Connection:
     def is_stale(self) -> bool:
         """Whether something arrived while it was idle: an end of stream, or bytes nobody asked for.
 
-        One system call, and only where there is a descriptor to ask about.
+        One system call, and only where there is a socket to ask about.
         """
-        if self._descriptor < 0:
+        if self._raw is None:
             return False
         poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
+        poll.register(self._raw, select.POLLIN)
         return bool(poll.poll(0)) or (self._tls is not None and _holds_something(self._tls))
+
+    def hang_up(self) -> None:
+        """Let the upstream know, this instant, that nobody listens any more.
+
+        For whoever cannot wait until the task that uses the connection is done with it; that one
+        still has to give it back.
+        """
+        self._sent = False  # never to be used again
+        if self._raw is not None:
+            with suppress(OSError):
+                self._raw.shutdown(socket.SHUT_RDWR)
 
     async def aclose(self) -> None:
         """Hang up at once, even while being cancelled; never waits for the peer."""

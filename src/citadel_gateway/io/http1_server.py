@@ -37,8 +37,10 @@ App: TypeAlias = Callable[
 CANCELS = "citadel.cancels"
 """ASGI extension: the server cancels the application itself when the client leaves.
 
-It is a dictionary; when the server cancels because the request turned out to be broken, and
-answers it itself, ``refusal`` in it is the :class:`BadRequest` that says how.
+It is a dictionary.  An application may put a function under ``on_leave``, to be called in the
+instant in which the client leaves: cancelling many tasks takes a while.  When the server cancels
+because the request turned out to be broken, and answers it itself, ``refusal`` is the
+:class:`BadRequest` that says how.
 """
 
 _READ = 64 * 1024
@@ -222,6 +224,11 @@ class HttpConnection:
             await self._read_until_the_end()
         self._left = True
         if self._exchange is not None:
+            self._exchange.pass_on_leave()
+            # Clients often leave together.  Cleaning up after one takes longer than passing on
+            # that ten have left, so let the other readers have their turn first.
+            await trio.lowlevel.checkpoint()
+        if self._exchange is not None:
             self._exchange.cancel()
         self._notify()
 
@@ -310,7 +317,7 @@ class Exchange:
     _continued: bool = attrs.field(default=False, init=False)
     _body_read: bool = attrs.field(default=False, init=False)
     _body_failed: bool = attrs.field(default=False, init=False)
-    _news: dict[str, BadRequest] = attrs.field(factory=dict, init=False)
+    _news: dict[str, Any] = attrs.field(factory=dict, init=False)
     _status: int = attrs.field(default=0, init=False)
     _headers: Headers = attrs.field(factory=list, init=False)
     _started: bool = attrs.field(default=False, init=False)
@@ -345,6 +352,11 @@ class Exchange:
     def cancel(self) -> None:
         """The client has left: stop working for it."""
         self._scope.cancel()
+
+    def pass_on_leave(self) -> None:
+        """Tell the application's own peer, in this very moment, that nobody listens any more."""
+        if (on_leave := self._news.get("on_leave")) is not None:
+            on_leave()
 
     def fail_body(self, refusal: BadRequest) -> None:
         """The rest of the body will not come, and the application must not wait for it."""

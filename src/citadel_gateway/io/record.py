@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import attrs
 
@@ -65,6 +66,10 @@ def is_our_finding(code: str) -> bool:
     return code in _OF_UPSTREAMS
 
 
+def nobody_to_hang_up_on() -> None:
+    """What ``hang_up`` of a request does that has no connection to an upstream."""
+
+
 @attrs.define(eq=False)
 class RequestRecord:
     """One request's facts.  Times are Trio's, in seconds; names of models come from the config."""
@@ -89,6 +94,7 @@ class RequestRecord:
     overhead: float | None = None  # seconds that the gateway itself had added by then
     ended: float = 0.0
     queue_wait: float = 0.0
+    hang_up: Callable[[], None] = nobody_to_hang_up_on
     upstream_wait: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
