@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from citadel_gateway import errors
 from citadel_gateway.config.schema import ServiceConfig
+from citadel_gateway.io.record import Outcome
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "systemd" / "citadel-llm@.service"
@@ -144,28 +144,19 @@ def test_every_alert_is_tested() -> None:
 
 def test_alerts_count_our_failures_and_not_the_callers() -> None:
     lists = re.findall(r'outcome=~"([^"]+)"', (PROMETHEUS / "alerts.yml").read_text())
-    ours = [
-        errors.queue_full("m", 1.0),
-        errors.queue_timeout("m", 1.0, 1.0),
-        errors.no_healthy_backend("m", 1.0),
-        errors.timed_out("idle", 1.0),
-        errors.upstream_failed("refused", "upstream_connection_error"),
-        errors.internal_error(),
-    ]
-    theirs = [
-        errors.invalid_request("no"),
-        errors.body_too_large(1),
-        errors.unknown_model("m", []),
-        errors.unauthorized("no"),
-        errors.model_not_allowed("m"),
-        errors.rate_limited("no", 1.0),
-        errors.draining(),
-    ]
+    ours = {
+        Outcome.QUEUE_FULL,
+        Outcome.QUEUE_TIMEOUT,
+        Outcome.NO_BACKEND,
+        Outcome.UPSTREAM_ERROR,
+        Outcome.TIMEOUT,
+        Outcome.STREAM_BROKEN,
+        Outcome.INTERNAL_ERROR,
+    }
 
     assert len(lists) == 4
     assert len(set(lists)) == 1
-    assert [e.code for e in ours if not re.fullmatch(lists[0], e.code)] == []
-    assert [e.code for e in theirs if re.fullmatch(lists[0], e.code)] == []
+    assert {o for o in Outcome if re.fullmatch(lists[0], o.value)} == ours
 
 
 def test_prometheus_scrapes_the_metrics_listener_from_another_address() -> None:
