@@ -205,12 +205,12 @@ class GatewayOrchestrator:
             return False
         journey.failure = failure
         if _refuses_usage(upstream, job.request, failure):
-            upstream.asks_usage = False  # the same endpoint again, with what it understands
+            upstream.asks_usage = False  # once more, with what it understands
             journey.aim()
             return True
         if failure.error.code == "context_length_exceeded":
             journey.keep_only(self.balancer.larger_contexts(upstream.endpoint.model, journey.later))
-            return journey.next_group() and self._can_afford(failure, now)
+            return bool(journey.later) and self._can_afford(failure, now) and journey.next_group()
         match failure.judgement.retry:
             case Retry.NEVER:
                 return False
@@ -264,7 +264,8 @@ class _Journey:
     def __attrs_post_init__(self) -> None:
         self.group = self.groups.pop(0)
         name = self.group.name
-        self.ticket = Ticket(name, (name,), partial(self.group.choose, frozenset()))
+        nobody: frozenset[Endpoint] = frozenset()
+        self.ticket = Ticket(name, (self.group, nobody), partial(self.group.choose, nobody))
 
     @property
     def later(self) -> tuple[Group, ...]:
@@ -286,7 +287,7 @@ class _Journey:
         """Let the ticket ask for endpoints of the current group that were not tried."""
         tried = frozenset(self.tried)
         self.ticket.queue = self.group.name
-        self.ticket.group = (self.group.name, tried)
+        self.ticket.group = (self.group, tried)
         self.ticket.choose = partial(self.group.choose, tried)
 
     def has_somewhere_to_go(self, now: float) -> bool:
@@ -303,6 +304,7 @@ def _refuses_usage(upstream: Upstream, request: InferenceRequest, failure: Upstr
     return (
         upstream.asks_usage
         and request.stream
+        and b"stream_options" not in request.body  # else the engine may be quoting the client
         and not request.wants_usage
         and failure.error.status in {400, 422}
         and "stream_options" in failure.error.message

@@ -194,6 +194,8 @@ class Doorkeeper:
             parsed = ipaddress.ip_address(address)
         except ValueError:
             return False
+        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+            parsed = parsed.ipv4_mapped  # how IPv4 peers look on an IPv6 listener
         return any(parsed in network for network in self._proxies)
 
 

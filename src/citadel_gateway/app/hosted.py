@@ -30,10 +30,12 @@ class HostedGateway:
             await self.service.app(scope, receive, send)
             return
         await receive()
-        async with self.service.open():
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            self.service.draining.set()
+        try:
+            async with self.service.open():
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+        finally:
+            self.service.draining.set()  # not ready: stopped, or without its background tasks
         await send({"type": "lifespan.shutdown.complete"})
 
 

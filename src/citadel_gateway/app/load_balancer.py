@@ -189,7 +189,8 @@ class LoadBalancer:
         if request.model is not None:
             model = self.resolve(request.model)
             if model is None:
-                raise unknown_model(request.model, list(self.models))
+                known = [m for m in self.models if key is None or key.may_use(m)]
+                raise unknown_model(request.model, known)
             reason = "requested" if model.id == request.model else "alias"
             return self._plan_model(model.id, reason, request, key)
         if not routing.intelligent_routing:

@@ -22,7 +22,7 @@ from citadel_gateway.io.http1_server import CANCELS, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
 from citadel_gateway.wire.headers import Headers, request_id, tracing
 from citadel_gateway.wire.http1_request import BadRequest
-from citadel_gateway.wire.openai_request import Kind, parse_request
+from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
 
 ROUTES = {"/v1" + kind.value: kind for kind in Kind}
 CLIENT_CLOSED_REQUEST = 499
@@ -60,6 +60,7 @@ class Relay:
         # A server that only tells us when the client leaves: watch for it beside the work.
         inbox, aborted = _Inbox(receive), None
         async with trio.open_nursery() as nursery:
+            response.send = self._bounded(send, nursery.cancel_scope)
             nursery.start_soon(inbox.watch, response, nursery.cancel_scope)
             try:
                 await self._serve(scope, inbox.receive, response)
@@ -68,6 +69,19 @@ class Relay:
             nursery.cancel_scope.cancel()
         if aborted is not None:
             raise aborted  # out here, as the nursery would have wrapped it in a group
+
+    def _bounded(self, send: Send, everything: trio.CancelScope) -> Send:
+        """*send*, for a server whose own flow control may never let us finish."""
+        within = self.balancer.config.service.write_timeout
+
+        async def bounded(message: dict[str, Any]) -> None:
+            with trio.move_on_after(within) as scope:
+                await send(message)
+            if scope.cancelled_caught:
+                everything.cancel()
+                await trio.lowlevel.checkpoint()
+
+        return bounded
 
     def _make_response(self, scope: dict[str, Any], send: Send, extra: Headers) -> ClientResponse:
         record = RequestRecord(
@@ -131,7 +145,7 @@ class Relay:
         request = parse_request(ROUTES[scope["path"]], body)
         record.stream = request.stream
         plan = self.balancer.plan(request, visitor.key)
-        record.model = "" if plan.groups[0].name == "auto" else plan.groups[0].name
+        record.model = "" if plan.groups[0].name == AUTO else plan.groups[0].name
         record.route_reason = plan.reason
         return Job(
             request=request,

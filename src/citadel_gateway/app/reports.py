@@ -12,7 +12,7 @@ from citadel_gateway.app.load_balancer import Group, LoadBalancer, Model, Upstre
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.waitroom import Waitroom
-from citadel_gateway.wire.openai_request import InferenceRequest
+from citadel_gateway.wire.openai_request import AUTO, InferenceRequest
 
 Json = dict[str, Any]
 
@@ -53,8 +53,8 @@ class Reports:
             return None
         return self._card(model, now)
 
-    def status(self, now: float) -> Json:
-        """The report of ``/models/status``."""
+    def status(self, now: float, key: ApiKey | None) -> Json:
+        """The report of ``/models/status``: of the models that *key* may use."""
         report = self.health(now)
         performance = self.balancer.config.performance
         return {
@@ -68,8 +68,9 @@ class Reports:
                     "waiting": self.waitroom.depth(model.id),
                 }
                 for model in self.balancer.models.values()
+                if key is None or key.may_use(model.id)
             },
-            "waiting_for_any_model": self.waitroom.depth("auto"),
+            "waiting_for_any_model": self.waitroom.depth(AUTO),
             "limits": {
                 "in_flight": self.waitroom.taken,
                 "max_concurrent_requests": performance.max_concurrent_requests,

@@ -31,6 +31,9 @@ from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.wire.openai_request import Kind, parse_request
 
 _MOST_BODY = 2**20
+MONITORING = "citadel.monitoring"
+"""ASGI extension: the request came in by the listener for metrics, which needs no key."""
+
 _LIVE = ("/livez", "/healthz", "/health/liveliness")
 _READY = ("/readyz", "/health/readiness")
 PROBED = frozenset((*_LIVE, *_READY))
@@ -83,6 +86,8 @@ def _add_health(app: QuartTrio, gateway: Gateway) -> None:
         return _json({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def metrics() -> Response:
+        if MONITORING not in (request.scope.get("extensions") or {}):
+            _key(gateway)  # the page names every endpoint
         return Response(await gateway.metrics.render(), content_type=CONTENT_TYPE)
 
     _get(app, monitoring.health_check_endpoint, health)
@@ -106,14 +111,14 @@ def _add_models(app: QuartTrio, gateway: Gateway) -> None:
         return _json(card)
 
     async def status() -> Response:
-        _key(gateway)
-        return _json(gateway.reports.status(trio.current_time()))
+        return _json(gateway.reports.status(trio.current_time(), _key(gateway)))
 
     async def route() -> Response:
-        key = _key(gateway)
+        visitor = gateway.doorkeeper.identify(dict(request.scope))
+        gateway.doorkeeper.admit(visitor, trio.current_time())
         data = await request.get_data(as_text=False)
         asked = parse_request(Kind.CHAT, data if isinstance(data, bytes) else data.encode())
-        return _json(gateway.reports.route(asked, key, trio.current_time()))
+        return _json(gateway.reports.route(asked, visitor.key, trio.current_time()))
 
     _get(app, "/v1/models", models)
     _get(app, "/v1/models/<path:name>", model)

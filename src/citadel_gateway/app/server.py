@@ -1,7 +1,7 @@
 """Listening, serving and stopping.
 
-Hypercorn opens the sockets, sets up TLS, and speaks HTTP/2.  HTTP/1.1 is spoken by our own
-connection class unless ``service.server`` says otherwise.  Every connection runs behind a
+Hypercorn's configuration sets up TLS.  HTTP/1.1 is spoken by our own connection class unless
+``service.server`` says otherwise, and nothing else is offered.  Every connection runs behind a
 boundary: whatever goes wrong in it ends it alone.
 
 Stopping is three nested facts: readiness turns red, listeners close, and a deadline is set for
@@ -179,12 +179,10 @@ class Server:
                 pass  # until the client has read it: a close with bytes unread would be a reset
 
     async def _serve(self, stream: Stream) -> None:
-        protocol = "http/1.1"
         if isinstance(stream, trio.SSLStream):
             with trio.fail_after(self.config.header_timeout):
                 await stream.do_handshake()
-            protocol = stream.selected_alpn_protocol() or protocol
-        if protocol == "h2" or self.config.server is HttpServer.HYPERCORN:
+        if self.config.server is HttpServer.HYPERCORN:
             await self._serve_hypercorn(stream)
         else:
             await self._serve_http1(stream)
@@ -272,6 +270,8 @@ def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConf
     config.certfile, config.keyfile = address.certfile, address.keyfile
     config.keep_alive_timeout = service.keep_alive_timeout
     config.graceful_timeout = service.drain_timeout
+    # HTTP/2 would let a client hold an answer, and with it a slot, by its own flow control.
+    config.alpn_protocols = ["http/1.1"]
     config.h11_max_incomplete_size = 16 * 1024
     config.include_server_header = False
     config.accesslog = None

@@ -20,9 +20,9 @@ from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
-from citadel_gateway.app.relay import Relay
+from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reports import Reports
-from citadel_gateway.app.routes import PROBED, make_quart_app
+from citadel_gateway.app.routes import MONITORING, PROBED, make_quart_app
 from citadel_gateway.app.server import Address, Server
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.io.access_log import access_line
@@ -40,6 +40,7 @@ from citadel_gateway.io.upstream import UpstreamClient
 from citadel_gateway.policy.circuit_breaker import Transition
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.waitroom import Waitroom
+from citadel_gateway.wire.openai_request import AUTO
 
 _FIRST_ROUND = 1.5  # seconds that the first probes may hold up the start
 _UPKEEP = 1.0  # seconds between two looks at what has expired
@@ -114,7 +115,7 @@ class UnifiedAPIGatewayService:
             on_end=self._note_answer,
             unlogged=PROBED | {monitoring.health_check_endpoint, monitoring.metrics_endpoint},
         )
-        self._monitoring = quart
+        self._quart = quart
 
     # For people at a prompt.
 
@@ -201,7 +202,7 @@ class UnifiedAPIGatewayService:
         self._servers = [Server(self.app, api, service, self.note_crash)]
         if monitoring.prometheus_port is not None:
             second = Address(monitoring.prometheus_host, monitoring.prometheus_port)
-            self._servers.append(Server(self._monitoring, second, service, self.note_crash))
+            self._servers.append(Server(self._serve_monitoring, second, service, self.note_crash))
         bound = [await nursery.start(server.run) for server in self._servers]
         first: Address = bound[0]
         return first
@@ -267,7 +268,12 @@ class UnifiedAPIGatewayService:
     def _note_end(self, record: RequestRecord) -> None:
         self.metrics.finished(record)
         if self.config.monitoring.access_log:
-            self.log.write(access_line(record))
+            self.log.event(logging.INFO, "request", **access_line(record))
+
+    async def _serve_monitoring(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """The application of the second listener: Quart's routes, and known to be asked there."""
+        extensions = {**scope["extensions"], MONITORING: {}}
+        await self._quart({**scope, "extensions": extensions}, receive, send)
 
     def _note_answer(self, fields: dict[str, Any]) -> None:
         if self.config.monitoring.access_log:
@@ -327,7 +333,7 @@ class UnifiedAPIGatewayService:
         waitroom = self.admission.waitroom
         return Levels(
             endpoints=tuple(u.endpoint for u in self.balancer.upstreams),
-            queue_depths={q: waitroom.depth(q) for q in (*self.balancer.models, "auto")},
+            queue_depths={q: waitroom.depth(q) for q in (*self.balancer.models, AUTO)},
             in_flight=waitroom.taken,
             connections=sum(s.open_connections for s in self._servers),
             upstream_connections=self.pool.open_count,

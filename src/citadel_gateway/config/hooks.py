@@ -102,7 +102,7 @@ def _url(raw: Any, _: Any) -> str:
         raise ValueError(f"{show(raw)} is not a URL: {exc}") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"{show(raw)} does not begin with http:// or https://")
-    if not re.fullmatch(r"\S+", raw) or not raw.isprintable() or not _HOST.fullmatch(host):
+    if not re.fullmatch(r"[\x21-\x7e]+", raw) or not _HOST.fullmatch(host):
         raise ValueError(f"{show(raw)} is not a URL: no valid host, or a stray character")
     if port == 0 or parts.netloc.endswith(":"):
         raise ValueError(f"{show(raw)} has no valid port")

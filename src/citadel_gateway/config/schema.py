@@ -57,7 +57,7 @@ def secret(doc: str) -> Any:
 class ServiceConfig:
     """Where the gateway listens, and how it starts and stops."""
 
-    name: Name = option(Name("unified-api-gateway"), "Shown in /health and in log lines.")
+    name: Name = option(Name("unified-api-gateway"), "Shown in /health and in lists of models.")
     host: str = option("0.0.0.0", "Address to listen on.")  # noqa: S104  # the seed's
     port: Port = option(Port(8000), "Port of the API.")
     workers: Count = option(
@@ -74,7 +74,7 @@ class ServiceConfig:
     header_timeout: Seconds = option(Seconds(5.0), "A request's head must arrive within it.")
     body_timeout: Seconds = option(Seconds(60.0), "A request's body must arrive within it.")
     write_timeout: Seconds = option(
-        Seconds(30.0), "A client that accepts no byte for so long is hung up on."
+        Seconds(30.0), "A client that takes less than 64 KiB of its answer in it is hung up on."
     )
     max_connections: Count = option(Count(4096), "Client connections held at once.")
     tls_certfile: str | None = option(None, "PEM certificate chain; turns TLS on.")

@@ -12,8 +12,6 @@ _OF_ENGINES = {Outcome.UPSTREAM_REJECTED, Outcome.UPSTREAM_ERROR, Outcome.STREAM
 def access_line(record: RequestRecord) -> dict[str, Any]:
     """Times are milliseconds; fields that say nothing are left out."""
     fields = {
-        "level": "info",
-        "event": "request",
         "request_id": record.request_id,
         "route": record.route,
         "status": record.status,

@@ -10,6 +10,7 @@ import attrs
 import httpx
 import trio
 
+from citadel_gateway.io.dial import is_our_own_lack
 from citadel_gateway.policy.endpoint import Endpoint
 
 _MOST_READ = 64 * 1024
@@ -32,7 +33,7 @@ class Probe:
     """How to ask one endpoint: the addresses to try, in order, and the key to show."""
 
     urls: tuple[str, ...]
-    headers: dict[str, str]
+    headers: dict[str, str] = attrs.field(repr=False)  # the key is in them
 
     @classmethod
     def of(cls, url: str, engine: str, api_key: str | None) -> Probe:
@@ -41,8 +42,15 @@ class Probe:
         return cls(urls=tuple(root + path for path in _PATHS[engine]), headers=headers)
 
 
+class NothingLearnt(Exception):
+    """The probe could not be made for want of something of our own, such as a descriptor."""
+
+
 async def ask(client: httpx.AsyncClient, probe: Probe, within: float) -> str | None:
-    """What is wrong with the endpoint, or ``None`` if nothing is."""
+    """What is wrong with the endpoint, or ``None`` if nothing is.
+
+    Raises :class:`NothingLearnt`.
+    """
     try:
         with trio.fail_after(within):
             for url in probe.urls:
@@ -52,6 +60,8 @@ async def ask(client: httpx.AsyncClient, probe: Probe, within: float) -> str | N
     except trio.TooSlowError:
         return f"no answer within {within:g} s"
     except httpx.HTTPError as exc:
+        if isinstance(exc.__cause__, OSError) and is_our_own_lack(exc.__cause__):
+            raise NothingLearnt(str(exc)) from exc
         return str(exc) or type(exc).__name__
     return None  # it speaks HTTP, and has no health route to ask
 
@@ -97,7 +107,10 @@ class HealthChecker:
 
     async def check(self) -> None:
         """One probe, whatever it finds."""
-        error = await ask(self.client, self.probe, self.within)
+        try:
+            error = await ask(self.client, self.probe, self.within)
+        except NothingLearnt:
+            return
         if self.endpoint.health.observe(error, trio.current_time()):
             self.on_flip(self.endpoint)
 

@@ -33,6 +33,7 @@ class JsonLog:
     dropped: int = attrs.field(default=0, init=False)
     _pending: list[bytes] = attrs.field(factory=list, init=False)
     _size: int = attrs.field(default=0, init=False)
+    _writing: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Add a line; a time stamp is put in front."""
@@ -70,6 +71,10 @@ class JsonLog:
         return lines
 
     def _write_out(self, lines: list[bytes]) -> None:
+        with self._writing:  # one thread at a time, so that lines are not torn
+            self._write_all(lines)
+
+    def _write_all(self, lines: list[bytes]) -> None:
         data = b"".join(lines)
         while data:
             try:

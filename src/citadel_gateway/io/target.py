@@ -32,7 +32,7 @@ class Target:
     """How to speak to one endpoint; request heads are made once."""
 
     origin: Origin
-    heads: dict[Kind, bytes]
+    heads: dict[Kind, bytes] = attrs.field(repr=False)  # the key is in them
 
     @classmethod
     def of(cls, url: str, api_key: str | None) -> Target:

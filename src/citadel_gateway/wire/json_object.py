@@ -19,6 +19,8 @@ from citadel_gateway.errors import invalid_request
 
 MAX_DEPTH = 64
 MAX_MEMBERS = 1000
+MAX_CONTAINERS = 100_000  # objects and lists; each costs far more time and memory than its text
+_MAX_NAME = 100  # of a name that is quoted in an error
 
 Span: TypeAlias = tuple[int, int]
 """Where a value stands in the text: its first byte, and the one behind its last."""
@@ -34,6 +36,12 @@ def parse_object(body: bytes) -> tuple[dict[str, Any], dict[str, Span]]:
     """
     if not body:
         raise invalid_request("The request body is empty; a JSON object is needed.")
+    containers = body.count(b"{") + body.count(b"[")
+    if containers > MAX_CONTAINERS:
+        raise invalid_request(
+            f"The request body has more than {MAX_CONTAINERS} objects and lists.",
+            code="too_long",
+        )
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
@@ -42,7 +50,7 @@ def parse_object(body: bytes) -> tuple[dict[str, Any], dict[str, Span]]:
         raise invalid_request(f"The request body must be a JSON object, not {json_type(fields)}.")
     if len(fields) > MAX_MEMBERS:
         raise invalid_request(f"The request body has more than {MAX_MEMBERS} fields.")
-    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_deeper(fields, MAX_DEPTH):
+    if containers > MAX_DEPTH and _is_deeper(fields, MAX_DEPTH):
         raise invalid_request(f"The request body is nested deeper than {MAX_DEPTH} levels.")
     return fields, _find_values(body, len(fields))
 
@@ -90,6 +98,7 @@ def _find_values(body: bytes, count: int) -> dict[str, Span]:
         start = _skip_space(text, _skip_space(text, at) + 1)  # behind the colon
         _, end = _DECODER.raw_decode(text, start)
         if name in spans or len(spans) == count:
+            name = name[:_MAX_NAME]
             raise invalid_request(
                 f"'{name}' is given more than once.", param=name, code="duplicate_key"
             )

@@ -39,28 +39,30 @@ class InferenceRequest:
     :param stateless: nothing stays behind at the engine, so it may be sent twice.
     :param prompt_tokens: an estimate, four characters to the token.
     :param max_tokens: the bound on the answer, if the client gave one.
+    :param named: the value of ``model`` in the body, whatever it means.
+    :param options: the value of ``stream_options`` in the body.
     :param spans: where the value of each field stands in the body.
     """
 
     kind: Kind
-    body: bytes
-    fields: dict[str, Any]
+    body: bytes = attrs.field(repr=False)
     model: str | None
     stream: bool
     wants_usage: bool
     stateless: bool
     prompt_tokens: int
     max_tokens: int | None
+    named: str | None
+    options: dict[str, Any] | None
     spans: Mapping[str, Span] = attrs.field(repr=False)
 
     def body_for(self, model: str, *, ask_usage: bool) -> bytes:
         """The body to send: for *model*, and asking for the usage of a stream if *ask_usage*."""
         changes: dict[str, Any] = {}
-        if self.fields.get("model") != model:
+        if self.named != model:
             changes["model"] = model
         if ask_usage and self.stream and not self.wants_usage:
-            options = self.fields.get("stream_options") or {}
-            changes["stream_options"] = {**options, "include_usage": True}
+            changes["stream_options"] = {**(self.options or {}), "include_usage": True}
         return set_members(self.body, self.spans, changes) if changes else self.body
 
 
@@ -87,13 +89,14 @@ def parse_request(kind: Kind, body: bytes) -> InferenceRequest:
     return InferenceRequest(
         kind=kind,
         body=body,
-        fields=fields,
         model=None if not model or model == AUTO else model,
         stream=stream,
         wants_usage=bool(options and options.get("include_usage")),
         stateless=not any(fields.get(name) for name in _STATEFUL),
         prompt_tokens=len(body) // 4,
         max_tokens=fields.get("max_completion_tokens") or fields.get("max_tokens"),
+        named=model,
+        options=options,
         spans=spans,
     )
 
