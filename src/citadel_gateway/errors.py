@@ -1,7 +1,8 @@
 """What can go wrong with a request, as the client is told it.
 
-Every refusal is a :class:`GatewayError` of a closed set of kinds.  ``code`` is what programs
-match on; the constructor functions keep status, type and code together in one place.
+Every refusal is a :class:`GatewayError`.  ``code`` is what programs
+match on; the constructor functions keep status, type and code together in one place.  Errors of
+an engine that are passed on keep its own code, so ``code`` is no metric label.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class GatewayError(Exception):
 
     :param status: HTTP status for the client.
     :param kind: OpenAI's ``type``.
-    :param code: OpenAI's ``code``; a closed set, safe as a metric label.
+    :param code: OpenAI's ``code``.
     :param param: the field or header at fault.
     :param retry_after: seconds until the same request would be admitted.
     :param should_retry: ``False`` when a retry by the client cannot help.
@@ -97,6 +98,13 @@ def method_not_allowed(method: str, path: str, allowed: str) -> GatewayError:
 
 def unsupported_media_type(message: str, header: str = "content-type") -> GatewayError:
     return GatewayError(message, 415, "invalid_request_error", "unsupported_media_type", header)
+
+
+def too_many_connections() -> GatewayError:
+    return GatewayError(
+        "The gateway has as many connections as it may hold (service.max_connections).",
+        503, "server_overloaded", "too_many_connections", retry_after=1.0, close=True,
+    )  # fmt: skip
 
 
 def gateway_exhausted() -> GatewayError:

@@ -74,7 +74,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
     400: ("The request is malformed, or too long for the model.", "invalid_request_error",
           ("invalid_request", "invalid_type", "missing", "empty", "duplicate_key",
-           "unsupported_request", "context_length_exceeded")),
+           "too_long", "unsupported_request", "context_length_exceeded",
+           "bad_http_request")),
     401: ("A key is needed, and there was none or an unknown one.", "invalid_request_error",
           ("invalid_api_key",)),
     403: ("The key may not use the model.", "permission_error", ("model_not_allowed",)),
@@ -93,7 +94,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
            "upstream_credentials_exhausted")),
     503: ("No room or no healthy endpoint now.", "server_error",
           ("no_healthy_backend", "draining", "queue_full", "queue_timeout",
-           "upstream_overloaded", "gateway_exhausted")),
+           "upstream_overloaded", "gateway_exhausted", "too_many_connections")),
     504: ("A clock ran out.", "server_error",
           ("timeout_connect", "timeout_headers", "timeout_first_token", "timeout_idle",
            "timeout_total")),
@@ -104,7 +105,7 @@ PARAMS = {
     "model_not_allowed": "model",
     "unsupported_media_type": "content-type",
 }
-QUEUE_CODES = {"queue_full", "queue_timeout"}  # these alone are of type server_overloaded
+QUEUE_CODES = {"queue_full", "queue_timeout", "too_many_connections"}  # type server_overloaded
 
 ERROR_HEADERS: dict[int, list[str]] = {
     401: ["www-authenticate"],
@@ -184,8 +185,22 @@ def openapi_document(
                 ),
             }
         },
+        "/models/route": {
+            "post": {
+                **locked,
+                **reading(
+                    "explainRoute", "Models", "Where a chat request would go, without sending it",
+                    "RouteExplanation", (400, *KEY_ERRORS, 404, 413, 429),
+                ),
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": ref("ChatCompletionRequest")}},
+                },
+            }
+        },
         health_path: {"get": health()},
         "/livez": {"get": probe("livez", "Whether the process answers")},
+        "/healthz": {"get": probe("healthz", "The same as /livez")},
         "/health/liveliness": {"get": probe("liveliness", "The same as /livez")},
         "/readyz": {"get": probe("readyz", "Whether it should get traffic", can_fail=True)},
         "/health/readiness": {

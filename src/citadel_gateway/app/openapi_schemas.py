@@ -17,7 +17,7 @@ def ref(name: str) -> Schema:
 
 
 def one(kind: str | list[str], doc: str = "", **more: Any) -> Schema:
-    """A single value.  ``one("integer", "...", minimum=1)``."""
+    """A single value.  ``one("integer", "...", minimum=0)``."""
     described = {"description": doc} if doc else {}
     return {"type": kind, **described, **more}
 
@@ -54,10 +54,10 @@ SAMPLING: dict[str, Schema] = {
     "stream_options": thing(
         {"include_usage": one("boolean", "End the stream with a chunk that holds `usage`.")}
     ),
-    "max_tokens": one(["integer", "null"], "Longest answer, in tokens.", minimum=1),
+    "max_tokens": one(["integer", "null"], "Longest answer, in tokens.", minimum=0),
     "temperature": one(["number", "null"], minimum=0, maximum=2),
     "top_p": one(["number", "null"], minimum=0, maximum=1),
-    "n": one(["integer", "null"], "Answers wanted.", minimum=1),
+    "n": one(["integer", "null"], "Answers wanted.", minimum=0),
     "stop": STOP,
     "seed": one(["integer", "null"]),
     "presence_penalty": one(["number", "null"], minimum=-2, maximum=2),
@@ -90,7 +90,7 @@ REQUESTS: dict[str, Schema] = {
             "model": MODEL,
             "messages": many(ref("ChatMessage"), minItems=1),
             **SAMPLING,
-            "max_completion_tokens": one(["integer", "null"], "As max_tokens.", minimum=1),
+            "max_completion_tokens": one(["integer", "null"], "As max_tokens.", minimum=0),
             "logprobs": one(["boolean", "null"]),
             "top_logprobs": one(["integer", "null"], minimum=0, maximum=20),
             "response_format": one("object", "`text`, `json_object` or `json_schema`."),
@@ -128,7 +128,7 @@ REQUESTS: dict[str, Schema] = {
             **SAMPLING,
             "suffix": one(["string", "null"]),
             "echo": one("boolean", "Repeat the prompt before the answer."),
-            "best_of": one("integer", minimum=1),
+            "best_of": one("integer", minimum=0),
             "logprobs": one(["integer", "null"], minimum=0),
         },
         required=("prompt",),
@@ -143,7 +143,7 @@ REQUESTS: dict[str, Schema] = {
                 ]})],
             },
             "encoding_format": one("string", enum=["float", "base64"], default="float"),
-            "dimensions": one("integer", minimum=1),
+            "dimensions": one("integer", minimum=0),
             "user": one("string", "Your own id of the end user."),
         },
         required=("input",),
@@ -279,6 +279,16 @@ GATEWAY: dict[str, Schema] = {
             "last_probe_seconds_ago": one(["number", "null"]),
         },
         required=("url", "healthy", "breaker", "in_flight", "max_concurrent", "weight"),
+    ),
+    "RouteExplanation": thing(
+        {
+            "reason": one("string", "Why these models come into question."),
+            "algorithm": one("string", "How one endpoint is picked among them."),
+            "prompt_tokens_estimate": one("integer", "Four characters to the token."),
+            "would_pick": one(["object", "null"], "Model and endpoint; null: it would wait."),
+            "groups": one("array", "Endpoints, in order of preference.", items={"type": "object"}),
+        },
+        required=("reason", "algorithm", "would_pick", "groups"),
     ),
     "ModelsStatus": thing(
         {

@@ -28,7 +28,7 @@ from hypercorn.typing import ConnectionState
 
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import HttpServer
-from citadel_gateway.errors import GatewayError
+from citadel_gateway.errors import too_many_connections
 from citadel_gateway.io.http1_server import App, ConnectionLimits, HttpConnection
 from citadel_gateway.wire.http1_response import encode_response_head
 
@@ -166,7 +166,7 @@ class Server:
         excess = len(self._streams) - self.config.max_connections
         if isinstance(stream, trio.SSLStream) or excess > _MOST_TURNED_AWAY:
             return
-        error = _too_many_connections()
+        error = too_many_connections()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(error.body())),
@@ -277,13 +277,6 @@ def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConf
     config.accesslog = None
     config.errorlog = None
     return config
-
-
-def _too_many_connections() -> GatewayError:
-    return GatewayError(
-        "The gateway has as many connections as it may hold (service.max_connections).",
-        503, "server_overloaded", "too_many_connections", retry_after=1.0, close=True,
-    )  # fmt: skip
 
 
 def _address(name: Any) -> tuple[str, int] | None:
