@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from citadel_gateway.io.http1_server import ResponseAborted
+from citadel_gateway.io.http1_exchange import ResponseAborted
 from tests.support import scripted_engine as engines
 from tests.support.gateway import CHAT, World, chat, endpoint, fleet, gather, running_gateway
 from tests.support.ledger import total

@@ -16,7 +16,8 @@ from trio.testing import (
     wait_all_tasks_blocked,
 )
 
-from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ResponseAborted
+from citadel_gateway.io.http1_exchange import ResponseAborted
+from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection
 from tests.support.raw_client import NoResponseError, RawClient, RawResponse, http_request
 
 Scope = dict[str, Any]

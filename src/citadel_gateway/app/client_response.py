@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from citadel_gateway.errors import GatewayError
-from citadel_gateway.io.http1_server import ResponseAborted
+from citadel_gateway.io.http1_exchange import ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
 from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.sse import encode_event

@@ -18,7 +18,7 @@ from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.errors import GatewayError, body_too_large, draining, internal_error
 from citadel_gateway.io.failures import UpstreamFailure
-from citadel_gateway.io.http1_server import CANCELS, ResponseAborted
+from citadel_gateway.io.http1_exchange import CANCELS, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
 from citadel_gateway.wire.headers import Headers, request_id, tracing
 from citadel_gateway.wire.http1_request import BadRequest

@@ -29,7 +29,8 @@ from hypercorn.typing import ConnectionState
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import HttpServer
 from citadel_gateway.errors import too_many_connections
-from citadel_gateway.io.http1_server import App, ConnectionLimits, HttpConnection
+from citadel_gateway.io.http1_exchange import App
+from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection
 from citadel_gateway.wire.http1_response import encode_response_head
 
 _BACKLOG = 2048
