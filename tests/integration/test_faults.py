@@ -503,19 +503,31 @@ async def test_a_connection_that_died_while_idle_costs_nobody_anything(
         world.engines["bad"].scripts.append(Script([engines.close()]))
         response = await world.ask("m")
 
-    assert (response.status, response.header("x-citadel-attempts")) == (200, "1")
+    assert (response.status, response.header("x-citadel-attempts")) == (200, "2")
     assert [post.attempt for post in world.posts] == [1, 1, 2]
 
 
-async def test_that_repetition_is_the_only_one(autojump_clock: MockClock) -> None:
+async def test_another_endpoint_is_asked_rather_than_the_one_that_hung_up(
+    autojump_clock: MockClock,
+) -> None:
     async with running_gateway(gateway_for("second endpoint")) as world:
         await world.ask("m")
         await world.ask("m")
         world.engines["bad"].default = Script([engines.close()])
         response = await world.ask("m")
 
-    assert (response.status, response.json()["error"]["code"]) == (502, "upstream_connection_error")
+    assert (response.status, response.header("x-citadel-attempts")) == (200, "2")
     assert len(world.posts) == 2 + 2
+
+
+async def test_that_repetition_is_the_only_one(autojump_clock: MockClock) -> None:
+    async with running_gateway(gateway_for("alone")) as world:
+        await world.ask("m")
+        world.engines["bad"].default = Script([engines.close()])
+        response = await world.ask("m")
+
+    assert (response.status, response.json()["error"]["code"]) == (502, "upstream_connection_error")
+    assert len(world.posts) == 1 + 2
 
 
 async def test_no_more_endpoints_are_tried_than_allowed(autojump_clock: MockClock) -> None:

@@ -14,12 +14,24 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from citadel_gateway.app.service import UnifiedAPIGatewayService
+from citadel_gateway.config.loader import parse
 from citadel_gateway.io.http1_exchange import ResponseAborted
+from citadel_gateway.policy.circuit_breaker import State
 from tests.support import scripted_engine as engines
-from tests.support.gateway import CHAT, World, chat, endpoint, fleet, gather, running_gateway
+from tests.support.gateway import (
+    CHAT,
+    CapturedLog,
+    World,
+    chat,
+    endpoint,
+    fleet,
+    gather,
+    running_gateway,
+)
 from tests.support.ledger import total
 from tests.support.raw_client import RawClient, http_request
-from tests.support.scripted_engine import LedgerEntry, Script, hang, send
+from tests.support.scripted_engine import LedgerEntry, Script, ScriptedEngine, hang, send, serve_tcp
 from tests.support.sim_driver import calling, fetch
 
 BOTH = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -458,3 +470,47 @@ async def test_whoever_leaves_whenever_takes_nothing_along(
     assert [engine.in_flight for engine in world.engines.values()] == [0, 0, 0]
     assert all(engine.max_in_flight <= most for engine, most in zip(
         world.engines.values(), [3, 3, 5], strict=True))  # fmt: skip
+
+
+# --- over sockets ----------------------------------------------------------------------------
+
+
+@BOTH
+async def test_clients_that_leave_by_the_dozen_are_held_against_nobody(stream: bool) -> None:
+    """The engine is told before the request is cancelled; the request must not take it amiss."""
+    script = engines.stall_after(1) if stream else Script([hang()])
+    engine = ScriptedEngine(default=script)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            url = f"http://127.0.0.1:{await serve_tcp(engine, nursery)}"
+            log = CapturedLog()
+            config = {
+                "service": {"host": "127.0.0.1", "port": 0},
+                "monitoring": {"prometheus_port": None},
+                "models": {"m": {"endpoint": url}},
+            }
+            service = UnifiedAPIGatewayService(parse(config), log=log)
+            address = await nursery.start(partial(service.run, handle_signals=False))
+            for _ in range(3):
+                clients = [await RawClient.connect(address.port) for _ in range(12)]
+                for client in clients:
+                    await client.send(request(stream=stream))
+                await engine.wait_until(lambda: engine.in_flight == 12)
+                if stream:
+                    for client in clients:
+                        await client.read_head()
+                for client in clients:
+                    await client.aclose()
+                await engine.wait_until(lambda: engine.in_flight == 0)
+            (upstream,) = service.balancer.upstreams
+            while service.admission.waitroom.taken:
+                await trio.lowlevel.checkpoint()
+            state = upstream.endpoint.breaker.state(trio.current_time())
+            nursery.cancel_scope.cancel()
+
+    lines = [line for line in log.lines if line["event"] == "request"]
+    assert Counter(line["outcome"] for line in lines) == {"client_closed": 36}
+    assert {line["phase"] for line in lines} == {"streaming" if stream else "waiting"}
+    assert {line["attempts"] for line in lines} == {1}
+    assert state is State.CLOSED
+    assert len(engine.posts) == 36

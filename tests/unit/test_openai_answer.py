@@ -47,8 +47,8 @@ def test_a_whole_answer_tells_its_usage() -> None:
     body = b'{"choices":[{}],"usage":{"prompt_tokens":3,"completion_tokens":5}}'
 
     assert check_whole_answer(Kind.CHAT, body) == Usage(3, 5)
-    assert check_whole_answer(Kind.COMPLETIONS, b'{"choices":[]}') == Usage()
-    assert check_whole_answer(Kind.EMBEDDINGS, b'{"data":[]}') == Usage()
+    assert check_whole_answer(Kind.COMPLETIONS, b'{"choices":[{}]}') == Usage()
+    assert check_whole_answer(Kind.EMBEDDINGS, b'{"data":[{}]}') == Usage()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ def test_a_whole_answer_tells_its_usage() -> None:
         (Kind.CHAT, b"<html>", "not JSON"),
         (Kind.CHAT, b'{"choices":[', "not JSON"),
         (Kind.CHAT, b"[]", "not an object"),
+        (Kind.CHAT, b'{"choices":[]}', "an empty one"),
         (Kind.CHAT, b"{}", "no list of choices"),
         (Kind.CHAT, b'{"choices":{}}', "no list of choices"),
         (Kind.CHAT, b'{"data":[]}', "no list of choices"),
@@ -300,3 +301,27 @@ def test_no_event_makes_the_reader_fail_otherwise(bodies: list[bytes]) -> None:
     except (EngineError, NotAnAnswer):
         pass
     made.final_usage()
+
+
+@pytest.mark.parametrize(
+    ("expected", "chunks", "done", "whole"),
+    [
+        (1, [("a", None), ("", "")], False, False),  # "" is no reason
+        (1, [("a", None), ("", "stop")], False, True),
+        (1, [("a", "stop"), ("b", None)], False, False),  # it went on
+        (1, [("a", "stop"), ("b", None), ("", "stop")], False, True),
+        (2, [("a", "stop")], False, False),  # the second never began
+        (2, [("a", "stop")], True, True),  # unless the engine knows of no second
+    ],
+)
+def test_a_stream_is_whole_when_all_that_was_asked_for_has_ended(
+    expected: int, chunks: list[tuple[str, str | None]], done: bool, whole: bool
+) -> None:
+    reader = StreamReader(expected=expected)
+    for text, reason in chunks:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
+        reader.read(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n")
+    if done:
+        reader.read(b"data: [DONE]\n\n")
+
+    assert reader.is_whole is whole

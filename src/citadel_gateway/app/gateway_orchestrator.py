@@ -97,7 +97,7 @@ class GatewayOrchestrator:
             while True:
                 upstream = await self._find_place(journey)
                 try:
-                    answer = await self._attempt(upstream, job, sink)
+                    answer = await self._attempt(upstream, journey, sink)
                 except UpstreamFailure as failure:
                     verdict = failure.judgement.verdict
                     self._learn(upstream, failure)
@@ -144,9 +144,13 @@ class GatewayOrchestrator:
         finally:
             record.queue_wait += trio.current_time() - began
 
-    async def _attempt(self, upstream: Upstream, job: Job, sink: Sink) -> WholeAnswer | None:
-        record, endpoint = job.record, upstream.endpoint
+    async def _attempt(
+        self, upstream: Upstream, journey: _Journey, sink: Sink
+    ) -> WholeAnswer | None:
+        job, endpoint = journey.job, upstream.endpoint
+        record = job.record
         record.attempts += 1
+        journey.asked_usage = upstream.asks_usage
         model = self.balancer.models[endpoint.model].config
         call = Call(
             request=job.request,
@@ -155,6 +159,7 @@ class GatewayOrchestrator:
             ),
             request_id=record.request_id,
             tracing=job.tracing,
+            fresh=journey.needs_fresh,
         )
         timing = self._timing(job, model.timeouts)
         began, result = trio.current_time(), "cancelled"
@@ -179,7 +184,7 @@ class GatewayOrchestrator:
     async def _relay(
         self, upstream: Upstream, call: Call, timing: Timing, record: RequestRecord, sink: Sink
     ) -> None:
-        reader = StreamReader()
+        reader = StreamReader(expected=call.request.choices)
         try:
             await self.client.relay(upstream.target, call, timing, record, sink, reader)
         finally:
@@ -201,10 +206,12 @@ class GatewayOrchestrator:
         job, now = journey.job, trio.current_time()
         if failure.committed or now >= job.deadline:
             return False
+        journey.failure = failure
+        if failure.stale:
+            return self._may_go_on_after_stale(journey, upstream, now)
         if job.record.attempts >= self._balancing.max_attempts:
             return False
-        journey.failure = failure
-        if _refuses_usage(upstream, job.request, failure):
+        if _refuses_usage(journey, failure):
             upstream.asks_usage = False  # once more, with what it understands
             journey.aim()
             return True
@@ -214,11 +221,26 @@ class GatewayOrchestrator:
         match failure.judgement.retry:
             case Retry.NEVER:
                 return False
-            case Retry.AMBIGUOUS if not self._may_repeat(journey, failure):
+            case Retry.AMBIGUOUS if not self._may_repeat(journey):
                 return False
         journey.tried.add(upstream.endpoint)
         journey.aim()
         return journey.has_somewhere_to_go(now) and self._can_afford(failure, now)
+
+    def _may_go_on_after_stale(self, journey: _Journey, upstream: Upstream, now: float) -> bool:
+        """A connection that had been idle is dead: no fault of the request, nor of the endpoint.
+
+        It may have been executed all the same, so it is repeated once: elsewhere if that can be
+        afforded, else over a new connection to the same endpoint.
+        """
+        if not self._may_repeat(journey):
+            return False
+        tried = {*journey.tried, upstream.endpoint}
+        if journey.group.is_any_left(tried, now) and self.budget.withdraw(now):
+            journey.tried = tried
+        journey.needs_fresh = True
+        journey.aim()
+        return True
 
     def _can_afford(self, failure: UpstreamFailure, now: float) -> bool:
         """Whether there is budget for a retry; if not, the client had better not retry either."""
@@ -227,10 +249,10 @@ class GatewayOrchestrator:
         failure.error.should_retry = False
         return False
 
-    def _may_repeat(self, journey: _Journey, failure: UpstreamFailure) -> bool:
+    def _may_repeat(self, journey: _Journey) -> bool:
         """Whether a request that may have been executed may be sent once more."""
         allowed = self._balancing.retry_ambiguous is RetryAmbiguous.STATELESS
-        if not allowed or failure.resent or journey.repeated or not journey.job.request.stateless:
+        if not allowed or journey.repeated or not journey.job.request.stateless:
             return False
         journey.repeated = True
         return True
@@ -257,6 +279,8 @@ class _Journey:
     groups: list[Group]
     tried: set[Endpoint] = attrs.field(factory=set, init=False)
     repeated: bool = attrs.field(default=False, init=False)
+    needs_fresh: bool = attrs.field(default=False, init=False)  # a connection, not an old one
+    asked_usage: bool = attrs.field(default=False, init=False)  # by our own `stream_options`
     failure: UpstreamFailure | None = attrs.field(default=None, init=False)
     group: Group = attrs.field(init=False)
     ticket: Ticket = attrs.field(init=False)
@@ -299,10 +323,11 @@ def _result(error: GatewayError) -> str:
     return error.code if is_our_finding(error.code) else f"upstream_{error.status}"
 
 
-def _refuses_usage(upstream: Upstream, request: InferenceRequest, failure: UpstreamFailure) -> bool:
+def _refuses_usage(journey: _Journey, failure: UpstreamFailure) -> bool:
     """Whether an engine refused ``stream_options``, which was our addition."""
+    request = journey.job.request
     return (
-        upstream.asks_usage
+        journey.asked_usage
         and request.stream
         and b"stream_options" not in request.body  # else the engine may be quoting the client
         and not request.wants_usage

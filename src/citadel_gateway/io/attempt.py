@@ -18,6 +18,8 @@ from citadel_gateway.io.failures import UpstreamFailure, from_clock, from_except
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.record import Phase, nobody_to_hang_up_on
 from citadel_gateway.io.target import Call, Target, Timing
+from citadel_gateway.policy.circuit_breaker import Verdict
+from citadel_gateway.policy.retry import Judgement, Retry
 from citadel_gateway.wire.headers import Headers, first
 from citadel_gateway.wire.http1_response import BadResponse, CutShort
 from citadel_gateway.wire.openai_answer import EngineError, NotAnAnswer
@@ -56,7 +58,6 @@ class Attempt:
     _final: bool = attrs.field(default=False, init=False)  # the clock is the request's deadline
     _sent: bool = attrs.field(default=False, init=False)
     _sent_at: float = attrs.field(default=0.0, init=False)
-    _resent: bool = attrs.field(default=False, init=False)
 
     async def run(self, use: Callable[[Connection], Awaitable[T]]) -> T:
         """Send the request and *use* the connection once the head of a good answer is there.
@@ -72,11 +73,11 @@ class Attempt:
                 return await use(connection)
             raise self._timed_out()
         except UpstreamFailure as failure:
-            failure.committed, failure.resent = self.committed, self._resent
+            failure.committed = self.committed
             raise
         except (EngineError, NotAnAnswer, EventTooLarge, BadResponse, OSError) as exc:
             translated = from_exception(exc, sent=self._sent)
-            translated.committed, translated.resent = self.committed, self._resent
+            translated.committed = self.committed
             raise translated from exc
         finally:
             await self._let_go()
@@ -109,26 +110,24 @@ class Attempt:
         connection.waited = 0.0
 
     async def _send(self) -> Connection:
-        connection = await self._connect(fresh=False)
+        connection = await self._connect()
         try:
             await self._exchange(connection)
-        except (CutShort, OSError):
-            died = connection.is_reused and not connection.response.started
-            if not died or not self.call.request.stateless:
+        except (CutShort, OSError) as exc:
+            if not connection.is_reused or connection.response.started:
                 raise
-            # The upstream hung up on an idle connection just as we used it.
-            await self._let_go()
-            connection = await self._connect(fresh=True)
-            self._resent = True
-            await self._exchange(connection)
+            failure = from_exception(exc, sent=True)
+            failure.stale = True
+            failure.judgement = Judgement(Retry.AMBIGUOUS, Verdict.NO_OPINION)
+            raise failure from exc
         return connection
 
-    async def _connect(self, *, fresh: bool) -> Connection:
+    async def _connect(self) -> Connection:
         self.progress.phase = Phase.CONNECTING
         began = trio.current_time()
         self._start_clock("connect", self.timing.connect, began)
         try:
-            self._connection = await self.pool.acquire(self.target.origin, fresh=fresh)
+            self._connection = await self.pool.acquire(self.target.origin, fresh=self.call.fresh)
         finally:
             self.progress.upstream_wait += trio.current_time() - began
         self.progress.hang_up = self._connection.hang_up

@@ -39,6 +39,7 @@ class Connection:
     _tls: ssl.SSLObject | None = attrs.field(default=None, init=False)
     _busy: bool = attrs.field(default=False, init=False)
     _sent: bool = attrs.field(default=False, init=False)
+    _hung_up: bool = attrs.field(default=False, init=False)
     _mistake: BadResponse | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -65,6 +66,7 @@ class Connection:
         try:
             await self.stream.send(request)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            await self._wait_if_hung_up()
             raise ConnectionResetError("the upstream closed the connection") from exc
         self._sent = True
 
@@ -97,9 +99,15 @@ class Connection:
     def is_reusable(self) -> bool:
         """Whether another request may follow, as far as the last one tells."""
         if not self.requests:
-            return True
+            return not self._hung_up
         response = self.response
-        return self._sent and not self._busy and response.reusable and not response.surplus
+        return (
+            self._sent
+            and not self._busy
+            and not self._hung_up
+            and response.reusable
+            and not response.surplus
+        )
 
     def is_stale(self) -> bool:
         """Whether something arrived while it was idle: an end of stream, or bytes nobody asked for.
@@ -115,10 +123,11 @@ class Connection:
     def hang_up(self) -> None:
         """Let the upstream know, this instant, that nobody listens any more.
 
-        For whoever cannot wait until the task that uses the connection is done with it; that one
-        still has to give it back.
+        For whoever is about to cancel the task that uses the connection, and cannot wait until
+        it is done with it.  That task notices nothing but its cancellation: an end that we made
+        ourselves says nothing about the upstream.
         """
-        self._sent = False  # never to be used again
+        self._hung_up = True
         if self._raw is not None:
             with suppress(OSError):
                 self._raw.shutdown(socket.SHUT_RDWR)
@@ -133,15 +142,21 @@ class Connection:
         try:
             data = await self.stream.receive(_READ)
         except anyio.EndOfStream:
+            await self._wait_if_hung_up()
             self.response.feed_eof()
             return
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            await self._wait_if_hung_up()
             raise CutShort(
                 "the upstream reset the connection", started=self.response.started
             ) from exc
         finally:
             self.waited += self.clock() - before
         self.response.feed(data)
+
+    async def _wait_if_hung_up(self) -> None:
+        if self._hung_up:
+            await anyio.sleep_forever()  # the cancellation is on its way
 
 
 def _holds_something(tls: ssl.SSLObject) -> bool:

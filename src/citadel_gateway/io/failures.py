@@ -27,14 +27,14 @@ class UpstreamFailure(Exception):
     :param judgement: whether to ask elsewhere, and what it says about the endpoint.
     :param cool_down: seconds the endpoint asked to be left alone.
     :param committed: bytes of this answer have reached the client.
-    :param resent: the request was sent twice already, over a connection that had died.
+    :param stale: the upstream hung up on an idle connection, most likely, just as it was used.
     """
 
     error: GatewayError
     judgement: Judgement
     cool_down: float | None = None
     committed: bool = False
-    resent: bool = False
+    stale: bool = False
 
     def __str__(self) -> str:
         return self.error.message

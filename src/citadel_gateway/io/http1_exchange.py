@@ -73,6 +73,7 @@ class Exchange:
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _room: trio.Event | None = attrs.field(default=None, init=False)
     _continued: bool = attrs.field(default=False, init=False)
+    _continuing: trio.Event | None = attrs.field(default=None, init=False)
     _body_read: bool = attrs.field(default=False, init=False)
     _body_failed: bool = attrs.field(default=False, init=False)
     _news: dict[str, Any] = attrs.field(factory=dict, init=False)
@@ -123,9 +124,15 @@ class Exchange:
             self._news["refusal"] = refusal
             self._scope.cancel()
 
-    async def wait_for_room(self) -> None:
-        """Hold the reader while the application has much of the body still to read."""
-        while self.request.buffered > MOST_BUFFERED and not (self._finished or self._over):
+    async def wait_for_room(self, *, next_waits: bool) -> None:
+        """Hold the reader while what it reads would only pile up.
+
+        That is while the application has much of the body still to read, or when it has answered,
+        has not returned yet, and the next request is arriving.
+        """
+        while not self._over and (
+            next_waits if self._finished else self.request.buffered > MOST_BUFFERED
+        ):
             self._room = trio.Event()
             await self._room.wait()
 
@@ -148,6 +155,8 @@ class Exchange:
             await self._send_body(message.get("body", b""), last=not message.get("more_body"))
 
     async def _send_body(self, body: bytes, *, last: bool) -> None:
+        if self._continuing is not None:
+            await self._continuing.wait()  # applications may read in one task and answer in another
         data = b"" if self._started else self._make_head(body, last=last)
         if not self._bodiless:
             if not self._chunked:
@@ -214,7 +223,11 @@ class Exchange:
             and not (self._continued or self._started or request.complete)
         ):
             self._continued = True
-            await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._continuing = trio.Event()
+            try:
+                await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            finally:
+                self._continuing.set()
 
     async def _answer_500(self) -> None:
         error = internal_error()

@@ -212,7 +212,7 @@ class HttpConnection:
             while data := await self.stream.receive_some(_READ):
                 self._take_in(bytes(data))
                 if self._exchange is not None:
-                    await self._exchange.wait_for_room()
+                    await self._exchange.wait_for_room(next_waits=bool(self._parser.requests))
 
     def _take_in(self, data: bytes) -> None:
         if self._lingering:

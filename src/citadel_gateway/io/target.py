@@ -69,12 +69,16 @@ def split_url(url: str) -> tuple[Origin, str]:
 
 @attrs.frozen(kw_only=True)
 class Call:
-    """What is sent: the request, its body for this endpoint, and the headers that go along."""
+    """What is sent: the request, its body for this endpoint, and the headers that go along.
+
+    :param fresh: over a new connection, because an old one has just failed.
+    """
 
     request: InferenceRequest
     body: bytes
     request_id: str
     tracing: Headers
+    fresh: bool = False
 
     def encode(self, target: Target) -> bytes:
         extra = b"".join([b"%s: %s\r\n" % pair for pair in self.tracing])

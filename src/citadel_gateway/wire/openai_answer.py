@@ -55,8 +55,9 @@ def check_whole_answer(kind: Kind, body: bytes) -> Usage:
     if is_error(answer):
         raise parse_error(502, body)
     wanted = "data" if kind is Kind.EMBEDDINGS else "choices"
-    if not isinstance(answer.get(wanted), list):
-        raise NotAnAnswer(f"the upstream's answer has no list of {wanted}")
+    found = answer.get(wanted)
+    if not isinstance(found, list) or not found:
+        raise NotAnAnswer(f"the upstream's answer has no list of {wanted}, or an empty one")
     return parse_usage(answer.get("usage"))
 
 
@@ -148,7 +149,12 @@ class EventKind(enum.Enum):
 
 @attrs.define(eq=False)
 class StreamReader:
-    """Reads along while a stream is relayed: has every choice come to its end?"""
+    """Reads along while a stream is relayed: has every choice come to its end?
+
+    :param expected: how many choices were asked for.
+    """
+
+    expected: int = 1
 
     usage: Usage | None = attrs.field(default=None, init=False)
     content_events: int = attrs.field(default=0, init=False)
@@ -179,8 +185,12 @@ class StreamReader:
 
     @property
     def is_whole(self) -> bool:
-        """Every choice that began has ended, and at least one has."""
-        return bool(self._finished) and self._finished >= self._seen
+        """Every choice that began has ended, and nobody has said less than was asked for.
+
+        An engine that closes with ``[DONE]`` is believed that it was asked for fewer.
+        """
+        enough = len(self._finished) >= (1 if self.done else self.expected)
+        return enough and self._finished >= self._seen
 
     def final_usage(self) -> Usage:
         """What the engine counted, else one completion token for each event with content."""
@@ -202,12 +212,15 @@ class StreamReader:
     def _read_choice(self, choice: dict[str, Any]) -> bool:
         """Whether the choice says anything."""
         index = choice.get("index", 0)
-        self._seen.add(index if isinstance(index, int) else 0)
+        index = index if isinstance(index, int) else 0
+        self._seen.add(index)
         has_content = bool(choice.get("text")) or _says_something(choice.get("delta"))
         self.content_events += has_content
-        if choice.get("finish_reason") is not None:
-            self._finished.add(index if isinstance(index, int) else 0)
+        if choice.get("finish_reason"):  # some engines send "" with every chunk
+            self._finished.add(index)
             return True
+        if has_content:
+            self._finished.discard(index)  # it was not the end after all
         return has_content
 
     def _note_malformed(self) -> EventKind:

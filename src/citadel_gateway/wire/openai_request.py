@@ -39,6 +39,7 @@ class InferenceRequest:
     :param stateless: nothing stays behind at the engine, so it may be sent twice.
     :param prompt_tokens: an estimate, four characters to the token.
     :param max_tokens: the bound on the answer, if the client gave one.
+    :param choices: how many choices the answer will have.
     :param named: the value of ``model`` in the body, whatever it means.
     :param options: the value of ``stream_options`` in the body.
     :param spans: where the value of each field stands in the body.
@@ -52,6 +53,7 @@ class InferenceRequest:
     stateless: bool
     prompt_tokens: int
     max_tokens: int | None
+    choices: int
     named: str | None
     options: dict[str, Any] | None
     spans: Mapping[str, Span] = attrs.field(repr=False)
@@ -95,10 +97,18 @@ def parse_request(kind: Kind, body: bytes) -> InferenceRequest:
         stateless=not any(fields.get(name) for name in _STATEFUL),
         prompt_tokens=len(body) // 4,
         max_tokens=fields.get("max_completion_tokens") or fields.get("max_tokens"),
+        choices=_choices(kind, fields),
         named=model,
         options=options,
         spans=spans,
     )
+
+
+def _choices(kind: Kind, fields: dict[str, Any]) -> int:
+    """``n`` for each prompt; a list of token ids is one prompt."""
+    prompt = fields.get("prompt") if kind is Kind.COMPLETIONS else None
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    return (len(prompt) if several and prompt else 1) * (fields.get("n") or 1)
 
 
 def _check_messages(messages: Any) -> None:
