@@ -593,3 +593,21 @@ def test_the_callers_data_stays_as_it_was() -> None:
     parse(raw, environ={"API_GATEWAY_PORT": "1", "M_ENDPOINT": "http://h"})
 
     assert raw == {"models": {"m": {"endpoint": URL}}}
+
+
+def test_a_wrong_value_does_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
+    raw = {
+        "gateway": {"default_model": "nobody"},
+        "models": {
+            "a": {"endpoint": "http://a:99999"},
+            "b": {"endpoint": "http://b", "fallbacks": ["c"]},
+        },
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse(raw)
+
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "models.a.endpoint",
+        "gateway.default_model",
+        "models.b.fallbacks[0]",
+    ]

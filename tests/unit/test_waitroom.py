@@ -234,7 +234,23 @@ def test_the_predicted_wait_grows_with_the_queue_and_stays_between_a_second_and_
         room.pump(10.0 * i)
 
     assert room.retry_after("m") == 60.0
-    assert room.retry_after("other") == pytest.approx(9.5, abs=0.1)
+    assert room.retry_after("other") == 1.0  # one queue says nothing about another
+
+
+def test_the_predicted_wait_is_what_the_last_in_line_will_wait() -> None:
+    """Four slots of 0.4 seconds drain ten a second, whatever went before."""
+    room, a = Waitroom(9, 200), endpoint(room=4)
+    enter(room, early := ticket(a))
+    room.leave(early, GOOD, 0.0)
+    tickets = [ticket(a) for _ in range(128)]
+    for each in tickets:
+        room.enter(each, 500.0)
+    for i, one in enumerate(tickets[:24]):
+        room.leave(one, GOOD, 500.4 + 0.1 * i)
+        room.pump(500.4 + 0.1 * i)
+
+    assert room.depth("m") == 100
+    assert room.retry_after("m") == pytest.approx(10.1)
 
 
 class AnyOrder(RuleBasedStateMachine):

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -66,9 +67,44 @@ def _build(raw: object, environ: Mapping[str, str]) -> GatewayConfigSchema:
         problems += cross_field_problems(config)
     except InvalidConfig as exc:
         problems += exc.problems
+        problems += _further_problems(laid.raw, exc.problems, environ)
     if problems:
         raise InvalidConfig(map(laid.rename, problems))
     return config
+
+
+def _further_problems(
+    raw: Mapping[str, object], known: Iterable[Problem], environ: Mapping[str, str]
+) -> list[Problem]:
+    """What else is wrong, as far as it can be told without the values that are wrong themselves."""
+    wrong = [problem.path for problem in known]
+    try:
+        config = structure(_without(raw, (), set(wrong)), environ)
+    except InvalidConfig:
+        return []
+    # A rule about what holds a wrong value may only complain that the value is missing now.
+    return [
+        problem
+        for problem in cross_field_problems(config)
+        if not any(path[: len(problem.path)] == problem.path for path in wrong)
+    ]
+
+
+def _without(value: Any, path: Steps, wrong: set[Steps]) -> Any:
+    """*value* without what stands at the paths that are *wrong*."""
+    if isinstance(value, Mapping):
+        return {
+            key: _without(item, (*path, str(key)), wrong)
+            for key, item in value.items()
+            if (*path, str(key)) not in wrong
+        }
+    if isinstance(value, list | tuple):
+        return [
+            _without(item, (*path, i), wrong)
+            for i, item in enumerate(value)
+            if (*path, i) not in wrong
+        ]
+    return value
 
 
 def _read(source: str) -> str:

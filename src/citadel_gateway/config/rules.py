@@ -1,7 +1,8 @@
-"""Rules that span fields; they are looked at once every field is right by itself."""
+"""Rules that span fields; they see only fields that are right by themselves."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
@@ -95,6 +96,11 @@ def _tls_rules(service: ServiceConfig) -> Iterator[Problem]:
         yield Problem(("service", "tls_keyfile"), "is required with tls_certfile")
     if service.tls_keyfile and not service.tls_certfile:
         yield Problem(("service", "tls_certfile"), "is required with tls_keyfile")
+    if service.tls_certfile and service.tls_keyfile:
+        for name in ("tls_certfile", "tls_keyfile"):
+            path = getattr(service, name)
+            if not os.access(path, os.R_OK):
+                yield Problem(("service", name), f"there is no file {path!r} that can be read")
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -61,8 +61,7 @@ class Waitroom:
     _groups: dict[Hashable, deque[Ticket]] = attrs.field(factory=dict, init=False)
     _depths: dict[str, int] = attrs.field(factory=dict, init=False)
     _serial: int = attrs.field(default=0, init=False)
-    _pace: float = attrs.field(default=0.1, init=False)
-    _last_leave: float | None = attrs.field(default=None, init=False)
+    _paces: dict[str, Pace] = attrs.field(factory=dict, init=False)
 
     def enter(self, ticket: Ticket, now: float) -> None:
         """Place *ticket*, or queue it; its ``outcome`` tells which.  Raises :class:`Full`."""
@@ -101,7 +100,7 @@ class Waitroom:
         if ticket.seated:
             ticket.seated = False
             self.taken -= 1
-            self._note_departure(now)
+            self._pace(ticket.queue).departed(now, somebody_waits=self.depth(ticket.queue) > 0)
         return slot.close(verdict, now) if isinstance(slot, Slot) else None
 
     def pump(self, now: float) -> list[Ticket]:
@@ -119,7 +118,10 @@ class Waitroom:
 
     def retry_after(self, queue: str) -> float:
         """Seconds until somebody at the end of *queue* would be served, at the present pace."""
-        return min(60.0, max(1.0, (self.depth(queue) + 1) * self._pace))
+        return min(60.0, max(1.0, (self.depth(queue) + 1) * self._pace(queue).seconds))
+
+    def _pace(self, queue: str) -> Pace:
+        return self._paces.setdefault(queue, Pace())
 
     def _next(self, now: float) -> Ticket | None:
         if self.taken >= self.seats:
@@ -154,8 +156,21 @@ class Waitroom:
             del self._groups[ticket.group]
         self._depths[ticket.queue] -= 1
 
-    def _note_departure(self, now: float) -> None:
-        if self._last_leave is not None and self._groups:
-            # Only while somebody waits: idle gaps say nothing about how fast a queue drains.
-            self._pace += 0.1 * (min(60.0, now - self._last_leave) - self._pace)
-        self._last_leave = now
+
+@attrs.define
+class Pace:
+    """How fast a queue drains: seconds between two departures, while somebody waits for them.
+
+    Gaps in which nobody waited say nothing, so a new busy period begins with the old average.
+    """
+
+    seconds: float = 0.1
+    _measured: bool = attrs.field(default=False, init=False)
+    _last: float | None = attrs.field(default=None, init=False)
+
+    def departed(self, now: float, *, somebody_waits: bool) -> None:
+        if self._last is not None:
+            gap = min(60.0, now - self._last)
+            self.seconds += (0.1 if self._measured else 1.0) * (gap - self.seconds)
+            self._measured = True
+        self._last = now if somebody_waits else None
