@@ -7,15 +7,18 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.support.gateway import CHAT, World, chat, fleet, running_gateway
-from tests.support.ledger import total
-from tests.support.raw_client import Headers, RawResponse, http_request
+from citadel_gateway.app.service import UnifiedAPIGatewayService
+from citadel_gateway.config.loader import parse
+from tests.support.gateway import CHAT, CapturedLog, World, chat, fleet, running_gateway
+from tests.support.ledger import parse_metrics, total
+from tests.support.raw_client import Headers, RawClient, RawResponse, http_request
 
 KEY = "sk-cit-a-" + "x" * 43
 CANARY = "the-canary-in-the-prompt"
@@ -569,3 +572,31 @@ async def test_a_connection_survives_a_refusal(autojump_clock: MockClock) -> Non
         right = await client.request("POST", CHAT, chat("m"))
 
     assert (wrong.status, right.status) == (400, 200)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"), [(b"GARBAGE\r\n\r\n", 400), (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505)]
+)
+async def test_what_is_no_request_is_answered_logged_and_counted(data: bytes, status: int) -> None:
+    log = CapturedLog()
+    config = {
+        "service": {"host": "127.0.0.1", "port": 0},
+        "monitoring": {"prometheus_port": None},
+        "models": {"m": {"endpoint": "http://127.0.0.1:9"}},
+    }
+    service = UnifiedAPIGatewayService(parse(config), log=log)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            address = await nursery.start(partial(service.run, handle_signals=False))
+            async with await RawClient.connect(address.port) as client:
+                await client.send(data)
+                response = await client.read_response()
+            page = (await service.metrics.render()).decode()
+            nursery.cancel_scope.cancel()
+
+    (line,) = [line for line in log.lines if line["event"] == "request"]
+    assert response.status == line["status"] == status
+    assert (line["outcome"], line["client"]) == ("invalid_request", "127.0.0.1")
+    assert (
+        total(parse_metrics(page), "citadel_gateway_requests_total", outcome="invalid_request") == 1
+    )

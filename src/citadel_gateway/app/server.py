@@ -30,7 +30,7 @@ from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import HttpServer
 from citadel_gateway.errors import too_many_connections
 from citadel_gateway.io.http1_exchange import App
-from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection
+from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ignore
 from citadel_gateway.wire.http1_response import encode_response_head
 
 _BACKLOG = 2048
@@ -65,12 +65,14 @@ class Server:
     """Serves one application on one address.
 
     :param on_crash: told of exceptions that end a connection or escape the application.
+    :param on_unserved: told of answers that the application did not give: status, why, to whom.
     """
 
     app: App
     address: Address
     config: ServiceConfig
     on_crash: Callable[[str, Exception], None]
+    on_unserved: Callable[[int, str, str], None] = ignore
     bound: Address | None = attrs.field(default=None, init=False)
     _connections: set[HttpConnection] = attrs.field(factory=set, init=False)
     _streams: set[Stream] = attrs.field(factory=set, init=False)
@@ -168,6 +170,7 @@ class Server:
         if isinstance(stream, trio.SSLStream) or excess > _MOST_TURNED_AWAY:
             return
         error = too_many_connections()
+        self._note_unserved(_peer(stream), error.status, error.message)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(error.body())),
@@ -191,14 +194,16 @@ class Server:
     async def _serve_http1(self, stream: Stream) -> None:
         tls = isinstance(stream, trio.SSLStream)
         sock = (stream.transport_stream if isinstance(stream, trio.SSLStream) else stream).socket
+        client = _peer(stream)
         connection = HttpConnection(
             app=self.app,
             stream=stream,
             limits=self._limits,
             on_crash=partial(self.on_crash, "application"),
-            client=_address(sock.getpeername()),
+            client=client,
             server=_address(sock.getsockname()),
             scheme="https" if tls else "http",
+            on_unserved=partial(self._note_unserved, client),
         )
         if not self._promises:
             connection.promise_nothing()
@@ -207,6 +212,9 @@ class Server:
             await connection.run()
         finally:
             self._connections.discard(connection)
+
+    def _note_unserved(self, client: tuple[str, int] | None, status: int, why: str) -> None:
+        self.on_unserved(status, why, client[0] if client is not None else "unknown")
 
     async def _serve_hypercorn(self, stream: Stream) -> None:
         app: Any = ASGIWrapper(self.app)  # type: ignore[arg-type]  # its own, narrower types
@@ -278,6 +286,11 @@ def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConf
     config.accesslog = None
     config.errorlog = None
     return config
+
+
+def _peer(stream: Stream) -> tuple[str, int] | None:
+    tcp = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    return _address(tcp.socket.getpeername())
 
 
 def _address(name: Any) -> tuple[str, int] | None:

@@ -20,7 +20,7 @@ from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
-from citadel_gateway.app.relay import Receive, Relay, Send
+from citadel_gateway.app.relay import CLIENT_CLOSED_REQUEST, Receive, Relay, Send
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import MONITORING, PROBED, make_quart_app
 from citadel_gateway.app.server import Address, Server
@@ -32,7 +32,7 @@ from citadel_gateway.io.health_monitoring import check_all
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.metrics import Levels, Metrics
 from citadel_gateway.io.pool import ConnectionPool
-from citadel_gateway.io.record import RequestRecord
+from citadel_gateway.io.record import Outcome, RequestRecord
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
 from citadel_gateway.io.transport import make_probe_client
@@ -199,7 +199,7 @@ class UnifiedAPIGatewayService:
     async def _start_servers(self, nursery: trio.Nursery) -> Address:
         service, monitoring = self.config.service, self.config.monitoring
         api = Address(service.host, service.port, service.tls_certfile, service.tls_keyfile)
-        self._servers = [Server(self.app, api, service, self.note_crash)]
+        self._servers = [Server(self.app, api, service, self.note_crash, self._note_unserved)]
         if monitoring.prometheus_port is not None:
             second = Address(monitoring.prometheus_host, monitoring.prometheus_port)
             self._servers.append(Server(self._serve_monitoring, second, service, self.note_crash))
@@ -274,6 +274,17 @@ class UnifiedAPIGatewayService:
         """The application of the second listener: Quart's routes, and known to be asked there."""
         extensions = {**scope["extensions"], MONITORING: {}}
         await self._quart({**scope, "extensions": extensions}, receive, send)
+
+    def _note_unserved(self, status: int, why: str, client: str) -> None:
+        """What came was no request, or came too early or too late to be one."""
+        now = self._now()
+        record = RequestRecord(request_id="", route="", client=client, began=now, ended=now)
+        if status == CLIENT_CLOSED_REQUEST:
+            record.outcome, record.status = Outcome.CLIENT_CLOSED, status
+            record.error_code = "client_closed_request"
+        else:
+            record.refuse(status=status, code="bad_http_request", message=why)
+        self._note_end(record)
 
     def _note_answer(self, fields: dict[str, Any]) -> None:
         if self.config.monitoring.access_log:

@@ -38,6 +38,10 @@ _LINGER_BYTES = 32 * 2**20
 _LINGER_SECONDS = 2.0
 
 
+def ignore(*_: object) -> None:
+    """Nobody wants to know."""
+
+
 class Awaited(enum.Enum):
     """What the client owes us; each has a clock of its own."""
 
@@ -64,6 +68,8 @@ class HttpConnection:
 
     :param stream: any Trio stream; closed when :meth:`run` returns.
     :param on_crash: told of exceptions that the application let escape.
+    :param on_unserved: told of what the application never saw: status (499: the client left
+        before its turn), and why.
     """
 
     app: App
@@ -74,6 +80,7 @@ class HttpConnection:
     server: tuple[str, int] | None = None
     scheme: str = "http"
     state: Message = attrs.field(factory=dict)
+    on_unserved: Callable[[int, str], None] = ignore
     served: int = attrs.field(default=0, init=False)
     _parser: RequestParser = attrs.field(factory=RequestParser, init=False)
     _wake: trio.Event = attrs.field(factory=trio.Event, init=False)
@@ -129,7 +136,12 @@ class HttpConnection:
                 self._exchange = None
             self._set_clock()
         if self._refusal is not None and fate is not Fate.CLOSE and not self._gone:
+            if fate is not Fate.UNANSWERED:  # else the application has been told
+                self.on_unserved(self._refusal.status, str(self._refusal))
             await self._refuse(self._refusal)
+        for request in self._parser.requests:
+            if self._left and request.complete:
+                self.on_unserved(499, "the client left before its request had its turn")
         if not self._gone:
             await self._linger()
 
