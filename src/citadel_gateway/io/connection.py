@@ -36,6 +36,7 @@ class Connection:
     waited: float = attrs.field(default=0.0, init=False)  # seconds, for the upstream to speak
     response: ResponseParser = attrs.field(init=False)
     _raw: socket.socket | None = attrs.field(default=None, init=False)
+    _poll: select.poll = attrs.field(factory=select.poll, init=False)
     _tls: ssl.SSLObject | None = attrs.field(default=None, init=False)
     _busy: bool = attrs.field(default=False, init=False)
     _sent: bool = attrs.field(default=False, init=False)
@@ -44,6 +45,8 @@ class Connection:
 
     def __attrs_post_init__(self) -> None:
         self._raw = self.stream.extra(SocketAttribute.raw_socket, None)
+        if self._raw is not None:
+            self._poll.register(self._raw, select.POLLIN)
         self._tls = self.stream.extra(TLSAttribute.ssl_object, None)
 
     @property
@@ -116,9 +119,7 @@ class Connection:
         """
         if self._raw is None:
             return False
-        poll = select.poll()
-        poll.register(self._raw, select.POLLIN)
-        return bool(poll.poll(0)) or (self._tls is not None and _holds_something(self._tls))
+        return bool(self._poll.poll(0)) or (self._tls is not None and _holds_something(self._tls))
 
     def hang_up(self) -> None:
         """Let the upstream know, this instant, that nobody listens any more.
