@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import orjson
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -66,15 +67,19 @@ def status_table(report: dict[str, Any]) -> Table:
     """The report of ``/models/status`` as a table."""
     limits = report["limits"]
     table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
         title=f"{report['gateway']}: {report['status']}",
         caption=(
             f"{limits['in_flight']} of {limits['max_concurrent_requests']} requests in flight, "
             f"{report['waiting_for_any_model']} waiting for any model"
         ),
     )
-    for heading in ("model", "endpoint", "health", "breaker"):
+    for heading in ("model", "endpoint"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("health", "breaker"):
         table.add_column(heading, overflow="fold")
-    for heading in ("in flight", "waiting", "latency", "weight"):
+    for heading in ("load", "queue", "latency"):
         table.add_column(heading, justify="right")
     for model, entry in report["models"].items():
         heading, waiting = model, str(entry["waiting"])
@@ -97,5 +102,4 @@ def _cells(endpoint: dict[str, Any], waiting: str) -> tuple[str, ...]:
         f"{endpoint['in_flight']}/{endpoint['max_concurrent']}",
         waiting,
         f"{latency * 1000:.0f} ms" if latency else "-",
-        f"{endpoint['weight']:g}",
     )
