@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import orjson
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -67,7 +66,7 @@ def status_table(report: dict[str, Any]) -> Table:
     """The report of ``/models/status`` as a table."""
     limits = report["limits"]
     table = Table(
-        box=box.SIMPLE_HEAD,
+        box=None,  # fits a terminal of 80 columns
         pad_edge=False,
         title=f"{report['gateway']}: {report['status']}",
         caption=(
