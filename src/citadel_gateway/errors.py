@@ -42,6 +42,12 @@ class GatewayError(Exception):
     def body(self) -> bytes:
         return error_body(self.message, self.kind, self.code, self.param)
 
+    def response(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        """Headers and body of an answer that says nothing but this error."""
+        body = self.body()
+        framing = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        return [*framing, *self.all_headers()], body
+
     def all_headers(self) -> list[tuple[bytes, bytes]]:
         """The headers that belong to the error, apart from content type and length."""
         found = list(self.headers)
@@ -98,6 +104,10 @@ def method_not_allowed(method: str, path: str, allowed: str) -> GatewayError:
 
 def unsupported_media_type(message: str, header: str = "content-type") -> GatewayError:
     return GatewayError(message, 415, "invalid_request_error", "unsupported_media_type", header)
+
+
+def bad_http_request(message: str, *, status: int = 400) -> GatewayError:
+    return GatewayError(message, status, "invalid_request_error", "bad_http_request", close=True)
 
 
 def too_many_connections() -> GatewayError:

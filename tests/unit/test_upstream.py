@@ -24,17 +24,11 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from citadel_gateway.io.dial import Connect, Origin, make_connect
+from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.record import Phase, nobody_to_hang_up_on
-from citadel_gateway.io.upstream import (
-    Call,
-    Target,
-    Timing,
-    UpstreamClient,
-    UpstreamFailure,
-    WholeAnswer,
-    split_url,
-)
+from citadel_gateway.io.target import Call, Target, Timing, split_url
+from citadel_gateway.io.upstream import UpstreamClient, WholeAnswer
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.retry import Judgement, Retry
 from citadel_gateway.wire.openai_answer import StreamReader, Usage

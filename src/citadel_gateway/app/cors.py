@@ -35,7 +35,7 @@ class Cors:
         ]
 
     def preflight(self, request: Headers) -> Headers:
-        """The answer to a browser that asks before it calls; empty unless it may."""
+        """The answer to a browser that asks before it calls; without leave unless it may."""
         found = self.headers(request)
         if len(found) > 1:
             found += [

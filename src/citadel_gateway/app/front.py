@@ -46,8 +46,7 @@ class Front:
             await self.relay(scope, receive, send, self.cors.headers(headers))
         else:
             error = method_not_allowed(method, scope["path"], "POST")
-            found = [(b"content-type", b"application/json"), *error.all_headers()]
-            await _respond(self._decorate(scope, send), error.status, found, error.body())
+            await _respond(self._decorate(scope, send), error.status, *error.response())
 
     def _decorate(self, scope: dict[str, Any], send: Send) -> Send:
         name = request_id(scope["headers"])
@@ -76,7 +75,5 @@ class Front:
 
 
 async def _respond(send: Send, status: int, headers: Headers, body: bytes = b"") -> None:
-    if body:
-        headers = [*headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

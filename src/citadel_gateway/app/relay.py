@@ -25,7 +25,6 @@ from citadel_gateway.wire.http1_request import BadRequest
 from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
 
 ROUTES = {"/v1" + kind.value: kind for kind in Kind}
-CLIENT_CLOSED_REQUEST = 499
 _LAST_WORDS = 1.0  # seconds, for telling a client that its stream is cut because we stop
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -170,9 +169,7 @@ class Relay:
             record.refuse(status=refusal.status, code="bad_http_request", message=str(refusal))
             return
         if not self.is_cutting():
-            record.outcome = Outcome.CLIENT_CLOSED
-            record.error_code = "client_closed_request"
-            record.status = record.status or CLIENT_CLOSED_REQUEST
+            record.client_left()
             return
         record.outcome = Outcome.DRAINING
         with trio.move_on_after(_LAST_WORDS, shield=True):

@@ -171,13 +171,9 @@ class Server:
             return
         error = too_many_connections()
         self._note_unserved(_peer(stream), error.status, error.message)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(error.body())),
-            *error.all_headers(),
-        ]
+        headers, body = error.response()
         with trio.move_on_after(_TURN_AWAY_WITHIN):
-            await stream.send_all(encode_response_head(error.status, headers) + error.body())
+            await stream.send_all(encode_response_head(error.status, headers) + body)
             await stream.send_eof()
             while await stream.receive_some():
                 pass  # until the client has read it: a close with bytes unread would be a reset

@@ -20,7 +20,7 @@ from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
-from citadel_gateway.app.relay import CLIENT_CLOSED_REQUEST, Receive, Relay, Send
+from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import MONITORING, PROBED, make_quart_app
 from citadel_gateway.app.server import Address, Server
@@ -32,7 +32,7 @@ from citadel_gateway.io.health_monitoring import check_all
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.metrics import Levels, Metrics
 from citadel_gateway.io.pool import ConnectionPool
-from citadel_gateway.io.record import Outcome, RequestRecord
+from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
 from citadel_gateway.io.transport import make_probe_client
@@ -136,7 +136,9 @@ class UnifiedAPIGatewayService:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Start what runs in the background; the body is reached when every endpoint is known.
+        """Start what runs in the background; the body is reached after the first probes.
+
+        That is when every endpoint is known, or has had 1.5 s to answer.
 
         What opens last closes first.  A background task that cannot be kept alive takes the body
         down with it.
@@ -280,8 +282,7 @@ class UnifiedAPIGatewayService:
         now = self._now()
         record = RequestRecord(request_id="", route="", client=client, began=now, ended=now)
         if status == CLIENT_CLOSED_REQUEST:
-            record.outcome, record.status = Outcome.CLIENT_CLOSED, status
-            record.error_code = "client_closed_request"
+            record.client_left()
         else:
             record.refuse(status=status, code="bad_http_request", message=why)
         self._note_end(record)

@@ -18,7 +18,7 @@ from contextlib import suppress
 import attrs
 import trio
 
-from citadel_gateway.errors import error_body
+from citadel_gateway.errors import bad_http_request
 from citadel_gateway.io.http1_exchange import (
     MOST_BUFFERED,
     App,
@@ -27,7 +27,7 @@ from citadel_gateway.io.http1_exchange import (
     Message,
     http_date,
 )
-from citadel_gateway.wire.headers import Headers
+from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST
 from citadel_gateway.wire.http1_request import BadRequest, IncomingRequest, RequestParser
 from citadel_gateway.wire.http1_response import encode_response_head
 
@@ -141,7 +141,9 @@ class HttpConnection:
             await self._refuse(self._refusal)
         for request in self._parser.requests:
             if self._left and request.complete:
-                self.on_unserved(499, "the client left before its request had its turn")
+                self.on_unserved(
+                    CLIENT_CLOSED_REQUEST, "the client left before its request had its turn"
+                )
         if not self._gone:
             await self._linger()
 
@@ -163,13 +165,8 @@ class HttpConnection:
         return self._overrun or self._refusal is not None
 
     async def _refuse(self, refusal: BadRequest) -> None:
-        body = error_body(str(refusal), "invalid_request_error", "bad_http_request")
-        headers: Headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"date", http_date()),
-            (b"connection", b"close"),
-        ]
+        headers, body = bad_http_request(str(refusal), status=refusal.status).response()
+        headers.append((b"date", http_date()))
         with suppress(trio.BrokenResourceError):
             await self.write(encode_response_head(refusal.status, headers) + body)
 

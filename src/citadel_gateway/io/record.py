@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import attrs
 
+CLIENT_CLOSED_REQUEST = 499
+"""In logs and metrics only: nobody is there to be told."""
+
 
 class Phase(enum.Enum):
     """Where a request is; a client that leaves is counted by the phase it left in."""
@@ -110,6 +113,12 @@ class RequestRecord:
         self.status, self.committed = status, now
         began = self.began if self.received is None else self.received
         self.overhead = max(0.0, now - began - self.queue_wait - self.upstream_wait)
+
+    def client_left(self) -> None:
+        """Note that nobody waits for the answer any more; a status that was sent stays."""
+        self.outcome = Outcome.CLIENT_CLOSED
+        self.error_code = "client_closed_request"
+        self.status = self.status or CLIENT_CLOSED_REQUEST
 
     def refuse(self, *, status: int, code: str, message: str, by_upstream: bool = False) -> None:
         """Note the error that the client was told."""

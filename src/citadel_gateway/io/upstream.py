@@ -10,23 +10,10 @@ import attrs
 
 from citadel_gateway.io.attempt import Attempt, Progress, read_all
 from citadel_gateway.io.connection import Connection
-from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.stream_relay import Sink, StreamRelay
-from citadel_gateway.io.target import Call, Target, Timing, split_url
+from citadel_gateway.io.target import Call, Target, Timing
 from citadel_gateway.wire.openai_answer import StreamReader, Usage, check_whole_answer
-
-__all__ = [
-    "Call",
-    "Progress",
-    "Sink",
-    "Target",
-    "Timing",
-    "UpstreamClient",
-    "UpstreamFailure",
-    "WholeAnswer",
-    "split_url",
-]
 
 MAX_ANSWER = 64 * 2**20
 
