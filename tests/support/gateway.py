@@ -17,6 +17,7 @@ import trio.testing
 
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.loader import parse
+from citadel_gateway.io.departures import Departures
 from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection
 from citadel_gateway.io.logs import JsonLog
@@ -112,7 +113,13 @@ class World:
         """A new connection to the gateway."""
         ours, theirs = trio.testing.memory_stream_pair()
         connection = HttpConnection(
-            self.service.app, theirs, ConnectionLimits(), self.crashes.append, client=CLIENT
+            self.service.app,
+            theirs,
+            ConnectionLimits(),
+            self.service.deadlines,
+            Departures(),
+            self.crashes.append,
+            client=CLIENT,
         )
         self.nursery.start_soon(connection.run)
         return RawClient(ours)

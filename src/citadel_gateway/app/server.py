@@ -11,10 +11,13 @@ the requests that are still running.
 from __future__ import annotations
 
 import errno
+import math
 import socket
+import ssl
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import trio
@@ -29,8 +32,11 @@ from hypercorn.typing import ConnectionState
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import HttpServer
 from citadel_gateway.errors import too_many_connections
+from citadel_gateway.io.deadlines import Deadlines
+from citadel_gateway.io.departures import Departures
 from citadel_gateway.io.http1_exchange import App
 from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ignore
+from citadel_gateway.io.tcp_stream import TcpStream
 from citadel_gateway.wire.http1_response import encode_response_head
 
 _BACKLOG = 2048
@@ -39,7 +45,11 @@ _CUT_WITHIN = 1.5  # seconds for the last words of requests that are cut
 _MOST_TURNED_AWAY = 64  # connections above the limit that are told so, at once
 _TURN_AWAY_WITHIN = 1.0
 
-Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_RECOVERS = 0.1  # seconds between two tries to accept while this machine lacks something
+_AT_ONCE = 64  # connections accepted before others have a turn
+
+Stream = TcpStream | trio.SSLStream[TcpStream]
 
 
 class CannotListen(Exception):
@@ -81,8 +91,11 @@ class Server:
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _hypercorn: HypercornConfig = attrs.field(init=False)
+    _tls: ssl.SSLContext | None = attrs.field(default=None, init=False)
     _context: WorkerContext = attrs.field(factory=lambda: WorkerContext(None), init=False)
     _limits: ConnectionLimits = attrs.field(init=False)
+    _deadlines: Deadlines = attrs.field(factory=Deadlines, init=False)
+    _departures: Departures = attrs.field(factory=Departures, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._hypercorn = _hypercorn_config(self.address, self.config)
@@ -104,12 +117,16 @@ class Server:
 
         Raises :class:`CannotListen`.  Reports started once the sockets listen.
         """
-        listeners = self._listen()
-        with self._serving:
-            async with trio.open_nursery() as connections:
-                with self._accepting:
-                    task_status.started(self.bound or self.address)
-                    await trio.serve_listeners(self._handle, listeners, handler_nursery=connections)
+        with self._listen() as listener, closing(self._departures), self._serving:
+            async with trio.open_nursery() as watchers:
+                watchers.start_soon(self._deadlines.run)
+                watchers.start_soon(self._departures.run)
+                async with trio.open_nursery() as connections:
+                    with self._accepting:
+                        task_status.started(self.bound or self.address)
+                        await self._accept(listener, connections)
+                    listener.close()
+                watchers.cancel_scope.cancel()
 
     async def stop(self, within: float) -> None:
         """Close the listeners, let requests finish *within* seconds, then cut them."""
@@ -144,11 +161,32 @@ class Server:
             self._emptied = trio.Event()
             await self._emptied.wait()
 
-    async def _handle(self, stream: Stream) -> None:
-        """The boundary around one connection: it may fail, the server may not.
+    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> NoReturn:
+        told = -math.inf
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                for _ in range(_AT_ONCE):
+                    sock, _ = listener.accept()
+                    sock.setblocking(False)
+                    connections.start_soon(self._handle, self._make_stream(sock))
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                if exc.errno not in _EXHAUSTED:
+                    continue  # that connection had gone before we came to it
+                if trio.current_time() - told >= 1.0:
+                    told = trio.current_time()
+                    self.on_crash("accept", exc)
+                await trio.sleep(_RECOVERS)
 
-        Trio's ``serve_listeners`` closes the stream when this returns.
-        """
+    def _make_stream(self, sock: socket.socket) -> Stream:
+        if self._tls is None:
+            return TcpStream(sock)
+        return trio.SSLStream(TcpStream(sock), self._tls, server_side=True, https_compatible=True)
+
+    async def _handle(self, stream: Stream) -> None:
+        """The boundary around one connection: it may fail, the server may not."""
         self._streams.add(stream)
         try:
             if len(self._streams) <= self.config.max_connections:
@@ -160,6 +198,7 @@ class Server:
         except* Exception as group:
             self.on_crash("connection", group)
         finally:
+            _tcp(stream).close()
             self._streams.discard(stream)
             if not self._streams:
                 self._emptied.set()
@@ -188,17 +227,17 @@ class Server:
             await self._serve_http1(stream)
 
     async def _serve_http1(self, stream: Stream) -> None:
-        tls = isinstance(stream, trio.SSLStream)
-        sock = (stream.transport_stream if isinstance(stream, trio.SSLStream) else stream).socket
         client = _peer(stream)
         connection = HttpConnection(
             app=self.app,
             stream=stream,
             limits=self._limits,
+            deadlines=self._deadlines,
+            departures=self._departures,
             on_crash=partial(self.on_crash, "application"),
             client=client,
-            server=_address(sock.getsockname()),
-            scheme="https" if tls else "http",
+            server=_address(_tcp(stream).socket.getsockname()),
+            scheme="http" if self._tls is None else "https",
             on_unserved=partial(self._note_unserved, client),
         )
         if not self._promises:
@@ -219,18 +258,15 @@ class Server:
         server.write_timeout = self.config.write_timeout
         await server
 
-    def _listen(self) -> list[trio.abc.Listener[Any]]:
+    def _listen(self) -> socket.socket:
         try:
-            context = self._hypercorn.create_ssl_context()
+            self._tls = self._hypercorn.create_ssl_context()
             sock = self._open_socket()
         except OSError as exc:
             reason = "it is in use" if exc.errno == errno.EADDRINUSE else str(exc)
             raise CannotListen(f"cannot listen on {self.address}: {reason}") from exc
         self.bound = attrs.evolve(self.address, port=sock.getsockname()[1])
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-        if context is None:
-            return [listener]
-        return [trio.SSLListener(listener, context, https_compatible=True)]
+        return sock
 
     def _open_socket(self) -> socket.socket:
         host, port = self.address.host, self.address.port
@@ -245,6 +281,7 @@ class Server:
         stall = int(self.config.write_timeout * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
         return sock
 
 
@@ -284,9 +321,12 @@ def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConf
     return config
 
 
+def _tcp(stream: Stream) -> TcpStream:
+    return stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+
+
 def _peer(stream: Stream) -> tuple[str, int] | None:
-    tcp = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-    return _address(tcp.socket.getpeername())
+    return _address(_tcp(stream).socket.getpeername())
 
 
 def _address(name: Any) -> tuple[str, int] | None:

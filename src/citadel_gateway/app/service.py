@@ -27,6 +27,7 @@ from citadel_gateway.app.server import Address, Server
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.dial import Connect, make_connect
 from citadel_gateway.io.health_monitoring import check_all
 from citadel_gateway.io.logs import JsonLog, redact
@@ -71,6 +72,7 @@ class UnifiedAPIGatewayService:
         self.config = as_schema(config)
         rng = rng or random.Random()
         self.log = log or JsonLog()
+        self.deadlines = Deadlines()
         self.log.level = logging.getLevelName(self.config.monitoring.log_level.value)
         self.draining = trio.Event()
         self._cutting = False
@@ -238,6 +240,7 @@ class UnifiedAPIGatewayService:
             "upkeep": self._run_upkeep,
             "breaker timers": self._run_breaker_timers,
             "log": self.log.flush_for_ever,
+            "deadlines": self.deadlines.run,
         }
 
     async def _run_upkeep(self) -> None:

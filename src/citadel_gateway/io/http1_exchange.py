@@ -32,8 +32,6 @@ because the request turned out to be broken, and answers it itself, ``refusal`` 
 :class:`BadRequest` that says how.
 """
 
-MOST_BUFFERED = 256 * 1024  # of a body that the application does not read, or not yet
-
 
 class ResponseAborted(Exception):
     """Raised by an application to cut its answer: the body ends without its proper end."""
@@ -59,19 +57,24 @@ class Client(Protocol):
 
     async def write(self, data: bytes) -> None: ...
 
-    async def wait_for_bytes(self) -> None: ...
+    async def read_more(self) -> None: ...
+
+    def want_no_more(self) -> None: ...
+
+    def give_up(self) -> None: ...
 
     def may_keep_alive(self) -> bool: ...
 
 
 @attrs.define(eq=False)
 class Exchange:
-    """One request and its answer, as the application sees them."""
+    """One request and its answer, as the application sees them.
+
+    The connection cancels the application when the client leaves.
+    """
 
     connection: Client
     request: IncomingRequest
-    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
-    _room: trio.Event | None = attrs.field(default=None, init=False)
     _continued: bool = attrs.field(default=False, init=False)
     _continuing: trio.Event | None = attrs.field(default=None, init=False)
     _body_read: bool = attrs.field(default=False, init=False)
@@ -84,15 +87,13 @@ class Exchange:
     _bodiless: bool = attrs.field(default=False, init=False)
     _keep: bool = attrs.field(default=False, init=False)
     _finished: bool = attrs.field(default=False, init=False)
-    _over: bool = attrs.field(default=False, init=False)
 
     async def run(self) -> Fate:
         """Run the application; returns what becomes of the connection."""
         try:
-            with self._scope:
-                await self.connection.app(self._make_scope(), self.receive, self.send)
-                if not self._finished and not self._scope.cancel_called:
-                    raise RuntimeError("the application returned without a complete answer")
+            await self.connection.app(self._make_scope(), self.receive, self.send)
+            if not self._finished and not self._body_failed:
+                raise RuntimeError("the application returned without a complete answer")
         except ResponseAborted:
             return Fate.CLOSE
         except Exception as exc:  # the boundary: one request, not the server
@@ -100,17 +101,15 @@ class Exchange:
             if not self._started and not self._body_failed:
                 await self._answer_500()
             return Fate.CLOSE
-        finally:
-            self._over = True
-            self._make_room()
+        return self.fate
+
+    @property
+    def fate(self) -> Fate:
+        """What becomes of the connection now that the application has ended, or was cancelled."""
         if self._body_failed and not self._started:
             return Fate.UNANSWERED
         kept = self._finished and self._keep and self.request.complete
         return Fate.KEEP if kept else Fate.CLOSE
-
-    def cancel(self) -> None:
-        """The client has left: stop working for it."""
-        self._scope.cancel()
 
     def pass_on_leave(self) -> None:
         """Tell the application's own peer, in this very moment, that nobody listens any more."""
@@ -122,19 +121,6 @@ class Exchange:
         if not self.request.complete and not self._finished:
             self._body_failed = True
             self._news["refusal"] = refusal
-            self._scope.cancel()
-
-    async def wait_for_room(self, *, next_waits: bool) -> None:
-        """Hold the reader while what it reads would only pile up.
-
-        That is while the application has much of the body still to read, or when it has answered,
-        has not returned yet, and the next request is arriving.
-        """
-        while not self._over and (
-            next_waits if self._finished else self.request.buffered > MOST_BUFFERED
-        ):
-            self._room = trio.Event()
-            await self._room.wait()
 
     async def receive(self) -> Message:
         request = self.request
@@ -142,9 +128,8 @@ class Exchange:
             await trio.sleep_forever()  # until the client leaves, which cancels us
         await self._continue()
         while not request.buffered and not request.complete:
-            await self.connection.wait_for_bytes()
+            await self.connection.read_more()
         data = request.take_body()
-        self._make_room()
         self._body_read = request.complete
         return {"type": "http.request", "body": data, "more_body": not request.complete}
 
@@ -158,6 +143,8 @@ class Exchange:
         if self._continuing is not None:
             await self._continuing.wait()  # applications may read in one task and answer in another
         data = b"" if self._started else self._make_head(body, last=last)
+        if not self._started and not self.request.complete:
+            self.connection.want_no_more()
         if not self._bodiless:
             if not self._chunked:
                 data += body
@@ -168,7 +155,6 @@ class Exchange:
         self._started = True
         if last:
             self._finished = True
-            self._make_room()
         if data:
             await self._write(data)
 
@@ -176,7 +162,7 @@ class Exchange:
         try:
             await self.connection.write(data)
         except trio.BrokenResourceError:
-            self._scope.cancel()  # the same as being told by the reader
+            self.connection.give_up()  # the same as being told that it has left
             await trio.lowlevel.checkpoint()
 
     def _make_head(self, body: bytes, *, last: bool) -> bytes:
@@ -233,13 +219,7 @@ class Exchange:
         error = internal_error()
         self._status = error.status
         self._headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        with trio.CancelScope() as self._scope:  # the first one has been used up
-            await self._send_body(error.body(), last=True)
-
-    def _make_room(self) -> None:
-        if self._room is not None:
-            self._room.set()
-            self._room = None
+        await self._send_body(error.body(), last=True)
 
     def _make_scope(self) -> Message:
         request, connection = self.request, self.connection

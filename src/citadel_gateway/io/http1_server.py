@@ -1,9 +1,12 @@
 """One client connection: HTTP/1.1 requests in, an ASGI application's answers out.
 
-Two tasks share a connection for its whole life.  One reads: it feeds the parser, and because it
-never stops reading it sees at once that a client has left, and cancels the request.  The other
-runs the application for one request after the other.  What the reader reads while a request is
-running belongs to the next request, never to nobody.
+One task serves a connection for its whole life: it reads a request, runs the application, writes
+the answer.  While the application runs nobody reads, so what the client sends then is its next
+request and waits in the kernel, where it costs nothing and is never mixed up; that the client
+has left is noticed by :mod:`.departures`.
+
+One cancel scope serves a connection, too.  It is cancelled at most once, and whatever the reason
+(the client has left, time is up, the server drains), the connection ends.
 
 A half-closed connection counts as closed: a client that sends FIN is not going to read a stream.
 """
@@ -19,21 +22,16 @@ import attrs
 import trio
 
 from citadel_gateway.errors import bad_http_request
-from citadel_gateway.io.http1_exchange import (
-    MOST_BUFFERED,
-    App,
-    Exchange,
-    Fate,
-    Message,
-    http_date,
-)
+from citadel_gateway.io.deadlines import Deadline, Deadlines
+from citadel_gateway.io.departures import Departures, ReadAhead, socket_of
+from citadel_gateway.io.http1_exchange import App, Exchange, Fate, Message, http_date
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST
+from citadel_gateway.io.tcp_stream import TcpStream
 from citadel_gateway.wire.http1_request import BadRequest, IncomingRequest, RequestParser
 from citadel_gateway.wire.http1_response import encode_response_head
 
 _READ = 64 * 1024
 _WRITE = 64 * 1024  # how much a client must take within `write_timeout`
-_MOST_PIPELINED = 16
 _LINGER_BYTES = 32 * 2**20
 _LINGER_SECONDS = 2.0
 
@@ -75,6 +73,8 @@ class HttpConnection:
     app: App
     stream: trio.abc.Stream
     limits: ConnectionLimits
+    deadlines: Deadlines
+    departures: Departures
     on_crash: Callable[[Exception], None]
     client: tuple[str, int] | None = None
     server: tuple[str, int] | None = None
@@ -83,8 +83,9 @@ class HttpConnection:
     on_unserved: Callable[[int, str], None] = ignore
     served: int = attrs.field(default=0, init=False)
     _parser: RequestParser = attrs.field(factory=RequestParser, init=False)
-    _wake: trio.Event = attrs.field(factory=trio.Event, init=False)
-    _clock: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _deadline: Deadline = attrs.field(init=False)
+    _plain: TcpStream | None = attrs.field(default=None, init=False)  # not through TLS
     _exchange: Exchange | None = attrs.field(default=None, init=False)
     _refusal: BadRequest | None = attrs.field(default=None, init=False)
     _awaited: Awaited | None = attrs.field(default=None, init=False)
@@ -92,17 +93,26 @@ class HttpConnection:
     _torn: bool = attrs.field(default=False, init=False)  # a write is not, or never, complete
     _draining: bool = attrs.field(default=False, init=False)
     _promises: bool = attrs.field(default=True, init=False)
-    _overrun: bool = attrs.field(default=False, init=False)  # more was pipelined than we keep
-    _lingering: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._plain = self.stream if isinstance(self.stream, TcpStream) else None
+        self._deadline = self.deadlines.add(self._time_is_up)
 
     async def run(self) -> None:
         """Serve until either side closes.  Application errors are reported, not raised."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read_loop)
-                await self._serve_loop()
-                nursery.cancel_scope.cancel()
+            sock = socket_of(self.stream)
+            if sock is not None:
+                with self.departures.watching(sock, self):
+                    await self._serve()
+            else:
+                self.stream = ahead = ReadAhead(self.stream, self)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(ahead.read_ahead)
+                    await self._serve()
+                    nursery.cancel_scope.cancel()
         finally:
+            self.deadlines.discard(self._deadline)
             await trio.aclose_forcefully(self.stream)
 
     def promise_nothing(self) -> None:
@@ -112,29 +122,90 @@ class HttpConnection:
     def drain(self) -> None:
         """Answer what has been asked, promise nothing more, and close."""
         self._draining, self._promises = True, False
-        self._notify()
+        if self.is_idle:
+            self._scope.cancel(reason="the server drains")
+
+    @property
+    def is_idle(self) -> bool:
+        return self._exchange is None and not self._parser.in_head
 
     @property
     def _gone(self) -> bool:
         """Nothing can be said to the client any more."""
         return self._left or self._torn
 
-    @property
-    def is_idle(self) -> bool:
-        return self._exchange is None and not self._parser.in_head
+    # The client leaves, or is too slow.
 
-    # The serving task.
+    def pass_on_leave(self) -> None:
+        self._left = True
+        if self._exchange is not None:
+            self._exchange.pass_on_leave()
 
-    async def _serve_loop(self) -> None:
+    def leave(self) -> None:
+        self._left = True
+        if self._exchange is not None:  # else we are reading, and come to the end ourselves
+            self._scope.cancel(reason="the client has left")
+
+    def _time_is_up(self) -> None:
+        if self._parser.in_head or self._parser.in_body:
+            self._reject(BadRequest(408, "the request did not arrive in time"))
+        self._scope.cancel(reason="the client is too slow")
+
+    def _set_clock(self, awaited: Awaited) -> None:
+        """Only a change of what is awaited starts a clock: bytes alone never put it back."""
+        if awaited is self._awaited:
+            return
+        self._awaited = awaited
+        limits = self.limits
+        match awaited:
+            case Awaited.NOTHING:
+                self._deadline.due = math.inf
+                return
+            case Awaited.REQUEST:
+                within = limits.keep_alive_timeout
+            case Awaited.HEAD:
+                within = limits.header_timeout
+            case Awaited.BODY:
+                within = limits.body_timeout
+        self.deadlines.move(self._deadline, trio.current_time() + within)
+
+    # Serving.
+
+    async def _serve(self) -> None:
         fate = Fate.KEEP
-        while fate is Fate.KEEP and (request := await self._next_request()) is not None:
-            self.served += 1
-            exchange = self._exchange = Exchange(self, request)
-            try:
-                fate = await exchange.run()
-            finally:
-                self._exchange = None
-            self._set_clock()
+        with self._scope:
+            while fate is Fate.KEEP and (request := await self._next_request()) is not None:
+                fate = await self._run(request)
+        if self._scope.cancelled_caught and self._exchange is not None:
+            fate = self._exchange.fate
+        await self._say_goodbye(fate)
+
+    async def _run(self, request: IncomingRequest) -> Fate:
+        self.served += 1
+        self._set_clock(Awaited.NOTHING if request.complete else Awaited.BODY)
+        exchange = self._exchange = Exchange(self, request)
+        fate = await exchange.run()
+        self._exchange = None
+        return fate
+
+    async def _next_request(self) -> IncomingRequest | None:
+        """The next request whose turn it is; ``None`` when there will be none."""
+        pending = self._parser.requests
+        while not pending:
+            if self._refusal is not None or (self._draining and not self._parser.in_head):
+                return None
+            waits_for_head = self._parser.in_head or not self.served
+            self._set_clock(Awaited.HEAD if waits_for_head else Awaited.REQUEST)
+            if not await self._read():
+                return None
+        if self._left or (self._refusal is not None and not pending[0].complete):
+            return None
+        if self.served and self._awaited is Awaited.NOTHING:
+            await trio.lowlevel.checkpoint()  # it was pipelined: others may want a turn as well
+        return pending.popleft()
+
+    async def _say_goodbye(self, fate: Fate) -> None:
+        """After the last answer: refuse what was no request, and let the client read it all."""
         if self._refusal is not None and fate is not Fate.CLOSE and not self._gone:
             if fate is not Fate.UNANSWERED:  # else the application has been told
                 self.on_unserved(self._refusal.status, str(self._refusal))
@@ -146,23 +217,6 @@ class HttpConnection:
                 )
         if not self._gone:
             await self._linger()
-
-    async def _next_request(self) -> IncomingRequest | None:
-        pending = self._parser.requests
-        while not self._gone:
-            if pending and (pending[0].complete or not self._is_deaf):
-                request = pending.popleft()
-                self._set_clock(request)
-                return request
-            if self._is_deaf or (self._draining and not self._parser.in_head):
-                return None
-            await self._wait()
-        return None
-
-    @property
-    def _is_deaf(self) -> bool:
-        """What arrives from now on is thrown away: no more of a request can become complete."""
-        return self._overrun or self._refusal is not None
 
     async def _refuse(self, refusal: BadRequest) -> None:
         headers, body = bad_http_request(str(refusal), status=refusal.status).response()
@@ -176,109 +230,87 @@ class HttpConnection:
         Closing a socket with unread bytes in it sends a reset, which may destroy what is on its
         way to the client.  So say that we are done, and read on for a moment.
         """
-        self._lingering = 1
         stream = self.stream
+        if isinstance(stream, ReadAhead):
+            stream = stream.stream
         if isinstance(stream, trio.SSLStream):
             stream = stream.transport_stream  # TLS itself cannot be closed by halves
-        with trio.move_on_after(_LINGER_SECONDS):
-            if isinstance(stream, trio.abc.HalfCloseableStream):
-                try:
-                    await stream.send_eof()
-                except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-                    return
-                while not self._gone and self._lingering < _LINGER_BYTES:
-                    await self._wait()
+        if not isinstance(stream, trio.abc.HalfCloseableStream):
+            return
+        read = self.stream if isinstance(self.stream, ReadAhead) else stream
+        most = _LINGER_BYTES
+        with (
+            trio.move_on_after(_LINGER_SECONDS),
+            suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError),
+        ):
+            await stream.send_eof()
+            while most > 0 and (data := await read.receive_some(_READ)):
+                most -= len(data)
 
-    async def _wait(self) -> None:
-        await self._wake.wait()
-        self._wake = trio.Event()
+    # Reading.
 
-    def _notify(self) -> None:
-        self._wake.set()
-
-    # The reading task.
-
-    async def _read_loop(self) -> None:
-        self._set_clock()
-        with self._clock:
-            await self._read_until_the_end()
-        if self._clock.cancelled_caught and (self._parser.in_head or self._parser.in_body):
-            self._reject(BadRequest(408, "the request did not arrive in time"))
-            self._notify()
-            await self._read_until_the_end()
-        self._left = True
-        if self._exchange is not None:
-            self._exchange.pass_on_leave()
-            # Clients often leave together.  Cleaning up after one takes longer than passing on
-            # that ten have left, so let the other readers have their turn first.
-            await trio.lowlevel.checkpoint()
-        if self._exchange is not None:
-            self._exchange.cancel()
-        self._notify()
-
-    async def _read_until_the_end(self) -> None:
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while data := await self.stream.receive_some(_READ):
-                self._take_in(bytes(data))
-                if self._exchange is not None:
-                    await self._exchange.wait_for_room(next_waits=bool(self._parser.requests))
-
-    def _take_in(self, data: bytes) -> None:
-        if self._lingering:
-            self._lingering += len(data)
-        elif not self._is_deaf:
-            try:
-                self._parser.feed(data)
-            except BadRequest as exc:
-                self._reject(exc)
-            pending = self._parser.requests
-            if len(pending) > _MOST_PIPELINED or sum(r.buffered for r in pending) > MOST_BUFFERED:
-                # Answer what is complete, then close; go on reading, to see the client leave.
-                self._overrun = True
-            self._set_clock()
-        self._notify()
+    async def _read(self) -> bool:
+        """Feed the parser with what comes next; false when nothing more will."""
+        try:
+            data = await self.stream.receive_some(_READ)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            data = b""
+        if not data:
+            self._left = True
+            return False
+        try:
+            self._parser.feed(bytes(data))
+        except BadRequest as exc:
+            self._reject(exc)
+        return True
 
     def _reject(self, refusal: BadRequest) -> None:
         self._refusal = refusal
         if self._exchange is not None:
             self._exchange.fail_body(refusal)
 
-    def _set_clock(self, request: IncomingRequest | None = None) -> None:
-        """Start the clock of what is awaited now; *request* is just being taken up.
-
-        Only a change of what is awaited starts a clock: bytes alone never put it back.
-        """
-        limits = self.limits
-        current = request or (self._exchange.request if self._exchange is not None else None)
-        if current is not None and not current.complete:
-            awaited, within = Awaited.BODY, limits.body_timeout
-        elif current is not None or self._parser.requests:
-            awaited, within = Awaited.NOTHING, math.inf
-        elif self._parser.in_head or not self.served:
-            awaited, within = Awaited.HEAD, limits.header_timeout
-        else:
-            awaited, within = Awaited.REQUEST, limits.keep_alive_timeout
-        if awaited is not self._awaited:
-            self._awaited = awaited
-            self._clock.deadline = trio.current_time() + within
-
     # For the exchange.
+
+    async def read_more(self) -> None:
+        """Wait for more of the request's body.
+
+        The exchange is cancelled when the client leaves instead, or sends what is no body.
+        """
+        request = self._exchange.request if self._exchange is not None else None
+        if await self._read() and self._refusal is None:
+            if request is not None and request.complete:
+                self._set_clock(Awaited.NOTHING)
+            return
+        if self._left and self._exchange is not None:
+            self._exchange.pass_on_leave()
+        self.give_up()
+        await trio.lowlevel.checkpoint()
+
+    def want_no_more(self) -> None:
+        """The answer begins, and nobody waits for the rest of the request any more."""
+        self._set_clock(Awaited.NOTHING)
+
+    def give_up(self) -> None:
+        self._scope.cancel(reason="the client has left")
 
     async def write(self, data: bytes) -> None:
         """Raises ``trio.BrokenResourceError`` when the client is gone or takes nothing."""
         if self._gone:
             raise trio.BrokenResourceError("the client is gone")
-        await trio.lowlevel.checkpoint_if_cancelled()  # from here on, it would leave a part written
+        sent = 0 if self._plain is None else self._plain.send_now(data)
+        if sent < len(data):
+            await self._write_slowly(data, sent)
+
+    async def _write_slowly(self, data: bytes, sent: int) -> None:
+        if not sent:
+            await trio.lowlevel.checkpoint_if_cancelled()  # later, it would leave a part written
         self._torn = True
-        for start in range(0, len(data), _WRITE):
+        for start in range(sent, len(data), _WRITE):
             with trio.move_on_after(self.limits.write_timeout) as patience:
                 await self.stream.send_all(data[start : start + _WRITE])
             if patience.cancelled_caught:
                 raise trio.BrokenResourceError("the client does not read")
         self._torn = False
-
-    async def wait_for_bytes(self) -> None:
-        await self._wait()
 
     def may_keep_alive(self) -> bool:
         pending = self._parser.requests
@@ -286,5 +318,5 @@ class HttpConnection:
             self._promises
             and not self._gone
             and self.served < self.limits.max_requests
-            and (not self._is_deaf or bool(pending and pending[0].complete))
+            and (self._refusal is None or bool(pending and pending[0].complete))
         )
