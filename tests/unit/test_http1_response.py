@@ -26,7 +26,8 @@ CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r
 
 
 def feed(*pieces: bytes, bodiless: bool = False) -> ResponseParser:
-    parser = ResponseParser(bodiless=bodiless)
+    parser = ResponseParser()
+    parser.begin(bodiless=bodiless)
     for piece in pieces:
         parser.feed(piece)
     return parser

@@ -96,7 +96,7 @@ class UnifiedAPIGatewayService:
         self.orchestrator = GatewayOrchestrator(
             balancer=self.balancer,
             admission=self.admission,
-            client=UpstreamClient(self.pool),
+            client=UpstreamClient(self.pool, self.deadlines),
             metrics=self.metrics,
             suspect=lambda endpoint: self._checkers[endpoint].suspect(),
         )

@@ -1,7 +1,7 @@
 """One request to one endpoint: a connection, the clocks, and one kind of failure.
 
-Everything that waits here waits under one cancel scope whose deadline moves from phase to phase,
-so there is no timer per read.  The scope never encloses a ``yield``.
+One deadline moves from phase to phase, so there is no timer per read.  When it comes, the wait for
+the upstream is interrupted; nothing else here waits for long.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Protocol, TypeVar
 import attrs
 import trio
 
-from citadel_gateway.io.connection import Connection
+from citadel_gateway.io.connection import Connection, Interrupted
+from citadel_gateway.io.deadlines import Deadline, Deadlines
 from citadel_gateway.io.failures import UpstreamFailure, from_clock, from_exception, from_status
+from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.record import Phase, nobody_to_hang_up_on
 from citadel_gateway.io.target import Call, Target, Timing
@@ -46,18 +48,24 @@ class Attempt:
     """The life of one attempt."""
 
     pool: ConnectionPool
+    deadlines: Deadlines
     target: Target
     call: Call
     timing: Timing
     progress: Progress
     committed: bool = False
     _connection: Connection | None = attrs.field(default=None, init=False)
-    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _deadline: Deadline = attrs.field(init=False)
+    _struck: bool = attrs.field(default=False, init=False)
+    _dialling: trio.CancelScope | None = attrs.field(default=None, init=False)
     _clock: str = attrs.field(default="connect", init=False)
     _allowed: float = attrs.field(default=0.0, init=False)
     _final: bool = attrs.field(default=False, init=False)  # the clock is the request's deadline
     _sent: bool = attrs.field(default=False, init=False)
     _sent_at: float = attrs.field(default=0.0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._deadline = self.deadlines.add(self._strike)
 
     async def run(self, use: Callable[[Connection], Awaitable[T]]) -> T:
         """Send the request and *use* the connection once the head of a good answer is there.
@@ -65,22 +73,32 @@ class Attempt:
         Whatever goes wrong is raised as :class:`UpstreamFailure`.
         """
         try:
-            with self._scope:
-                connection = await self._send()
-                if connection.response.status != 200:
-                    raise await _refused(connection)
-                _check_is_plain(connection.response.headers)
-                return await use(connection)
-            raise self._timed_out()
+            connection = await self._send()
+            if connection.response.status != 200:
+                raise await _refused(connection)
+            _check_is_plain(connection.response.headers)
+            return await use(connection)
         except UpstreamFailure as failure:
             failure.committed = self.committed
             raise
+        except Interrupted:
+            timed_out = self._timed_out()
+            timed_out.committed = self.committed
+            raise timed_out from None
         except (EngineError, NotAnAnswer, EventTooLarge, BadResponse, OSError) as exc:
             translated = from_exception(exc, sent=self._sent)
             translated.committed = self.committed
             raise translated from exc
         finally:
+            self.deadlines.discard(self._deadline)
             await self._let_go()
+
+    def _strike(self) -> None:
+        self._struck = True
+        if self._connection is not None:
+            self._connection.interrupt()
+        elif self._dialling is not None:
+            self._dialling.cancel()
 
     # The clocks that run once the head is there; :meth:`run` has the ones before.
 
@@ -96,9 +114,11 @@ class Attempt:
         idle, total = trio.current_time() + timing.idle, self._sent_at + timing.total
         self._final = False
         if idle <= total:
-            self._clock, self._allowed, self._scope.deadline = "idle", timing.idle, idle
+            self._clock, self._allowed = "idle", timing.idle
+            self._move_deadline(idle)
         else:
-            self._clock, self._allowed, self._scope.deadline = "total", timing.total, total
+            self._clock, self._allowed = "total", timing.total
+            self._move_deadline(total)
 
     def stop_clock(self) -> None:
         """Somebody else's turn to be slow: the client's."""
@@ -123,15 +143,25 @@ class Attempt:
         return connection
 
     async def _connect(self) -> Connection:
+        origin = self.target.origin
+        connection = None if self.call.fresh else await self.pool.reuse(origin)
+        if connection is None:
+            connection = await self._dial(origin)
+        self._connection = connection
+        self.progress.hang_up = connection.hang_up
+        return connection
+
+    async def _dial(self, origin: Origin) -> Connection:
         self.progress.phase = Phase.CONNECTING
         began = trio.current_time()
         self._start_clock("connect", self.timing.connect, began)
         try:
-            self._connection = await self.pool.acquire(self.target.origin, fresh=self.call.fresh)
+            with trio.CancelScope() as self._dialling:
+                return await self.pool.open(origin)
+            raise self._timed_out()
         finally:
+            self._dialling = None
             self.progress.upstream_wait += trio.current_time() - began
-        self.progress.hang_up = self._connection.hang_up
-        return self._connection
 
     async def _let_go(self) -> None:
         connection, self._connection = self._connection, None
@@ -168,11 +198,10 @@ class Attempt:
         self._clock, self._allowed = name, allowed
 
     def _move_deadline(self, to: float) -> None:
-        if self._scope.cancel_called:
-            # It struck in the very tick in which the upstream spoke.  Whatever waits next would
-            # be cancelled, in the middle of a write to the client for instance.
+        if self._struck:
+            # In the very tick in which the upstream spoke.
             raise self._timed_out()
-        self._scope.deadline = to
+        self.deadlines.move(self._deadline, to)
 
     def _timed_out(self) -> UpstreamFailure:
         return from_clock(

@@ -1,15 +1,21 @@
-"""One connection to an upstream: a request at a time, over an anyio byte stream."""
+"""One connection to an upstream: a request at a time, over an anyio byte stream.
+
+Under Trio and without TLS, bytes go straight to and from the socket below the stream.  anyio's and
+Trio's own layers would cost more than everything else that is done with a chunk.
+"""
 
 from __future__ import annotations
 
 import select
 import socket
 import ssl
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import anyio
 import attrs
+import sniffio
+import trio
 from anyio.abc import ByteStream, SocketAttribute
 from anyio.streams.tls import TLSAttribute
 
@@ -17,6 +23,10 @@ from citadel_gateway.io.dial import Origin
 from citadel_gateway.wire.http1_response import BadResponse, CutShort, ResponseParser
 
 _READ = 64 * 1024
+
+
+class Interrupted(Exception):
+    """The wait was ended by :meth:`Connection.interrupt`."""
 
 
 @attrs.define(eq=False)
@@ -34,7 +44,10 @@ class Connection:
     idle_since: float = attrs.field(default=0.0, init=False)
     requests: int = attrs.field(default=0, init=False)
     waited: float = attrs.field(default=0.0, init=False)  # seconds, for the upstream to speak
-    response: ResponseParser = attrs.field(init=False)
+    response: ResponseParser = attrs.field(factory=ResponseParser, init=False)
+    _direct: socket.socket | None = attrs.field(default=None, init=False)
+    _reading: anyio.CancelScope | None = attrs.field(default=None, init=False)
+    _interrupted: bool = attrs.field(default=False, init=False)
     _raw: socket.socket | None = attrs.field(default=None, init=False)
     _poll: select.poll = attrs.field(factory=select.poll, init=False)
     _tls: ssl.SSLObject | None = attrs.field(default=None, init=False)
@@ -48,6 +61,8 @@ class Connection:
         if self._raw is not None:
             self._poll.register(self._raw, select.POLLIN)
         self._tls = self.stream.extra(TLSAttribute.ssl_object, None)
+        if self._tls is None and sniffio.current_async_library() == "trio":
+            self._direct = self._raw
 
     @property
     def is_reused(self) -> bool:
@@ -61,16 +76,21 @@ class Connection:
 
         :param bodiless: the response has no body, whatever its head says (HEAD).
         """
-        self.response = ResponseParser(bodiless=bodiless)
+        self.response.begin(bodiless=bodiless)
         self.requests += 1
         self.waited = 0.0
         self._busy = True
         self._sent = False
         try:
-            await self.stream.send(request)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            await self._wait_if_hung_up()
+            if self._direct is not None:
+                await _send_all(self._direct, request)
+            else:
+                with self._interruptible():
+                    await self.stream.send(request)
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            await self._raise_if_ended_here()
             raise ConnectionResetError("the upstream closed the connection") from exc
+        await self._raise_if_ended_here()
         self._sent = True
 
     async def read_head(self) -> ResponseParser:
@@ -108,6 +128,7 @@ class Connection:
             self._sent
             and not self._busy
             and not self._hung_up
+            and not self._interrupted
             and response.reusable
             and not response.surplus
         )
@@ -133,6 +154,18 @@ class Connection:
             with suppress(OSError):
                 self._raw.shutdown(socket.SHUT_RDWR)
 
+    def interrupt(self) -> None:
+        """End the wait that is under way, or the next one, with :class:`Interrupted`.
+
+        For whoever watches the clock.  The connection is of no use afterwards.
+        """
+        self._interrupted = True
+        if self._reading is not None:
+            self._reading.cancel()
+        elif self._direct is not None:
+            with suppress(OSError):
+                self._direct.shutdown(socket.SHUT_RDWR)
+
     async def aclose(self) -> None:
         """Hang up at once, even while being cancelled; never waits for the peer."""
         with anyio.CancelScope(shield=True):
@@ -141,23 +174,66 @@ class Connection:
     async def _read_some(self) -> None:
         before = self.clock()
         try:
-            data = await self.stream.receive(_READ)
-        except anyio.EndOfStream:
-            await self._wait_if_hung_up()
-            self.response.feed_eof()
-            return
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            await self._wait_if_hung_up()
+            data = await self._receive()
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            await self._raise_if_ended_here()
             raise CutShort(
                 "the upstream reset the connection", started=self.response.started
             ) from exc
         finally:
             self.waited += self.clock() - before
-        self.response.feed(data)
+        if data:
+            self.response.feed(data)
+        else:
+            await self._raise_if_ended_here()
+            self.response.feed_eof()
 
-    async def _wait_if_hung_up(self) -> None:
+    async def _receive(self) -> bytes:
+        """What the upstream sends next; nothing at the end."""
+        sock = self._direct
+        if sock is None:
+            return await self._receive_from_stream()
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                return sock.recv(_READ)
+            except BlockingIOError:
+                continue
+
+    async def _receive_from_stream(self) -> bytes:
+        with self._interruptible():
+            try:
+                return await self.stream.receive(_READ)
+            except anyio.EndOfStream:
+                pass
+        return b""
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        if self._interrupted:
+            raise Interrupted
+        with anyio.CancelScope() as self._reading:
+            yield
+        self._reading = None
+
+    async def _raise_if_ended_here(self) -> None:
+        """An end that we made ourselves says nothing about the upstream."""
+        if self._interrupted:
+            raise Interrupted
         if self._hung_up:
             await anyio.sleep_forever()  # the cancellation is on its way
+
+
+async def _send_all(sock: socket.socket, data: bytes) -> None:
+    rest = memoryview(data)
+    while True:
+        try:
+            rest = rest[sock.send(rest) :]
+        except BlockingIOError:
+            pass
+        if not rest:
+            return
+        await trio.lowlevel.wait_writable(sock)
 
 
 def _holds_something(tls: ssl.SSLObject) -> bool:

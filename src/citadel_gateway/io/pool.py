@@ -40,17 +40,28 @@ class ConnectionPool:
 
         :param fresh: open a new one even if an idle one is there.
         """
+        reused = None if fresh else await self.reuse(origin)
+        return reused or await self.open(origin)
+
+    async def reuse(self, origin: Origin) -> Connection | None:
+        """An idle connection to *origin*, if there is a good one; waits for nobody."""
         idle = self._idle.get(origin)
-        while idle and not fresh:
+        while idle:
             connection = idle.pop()
             if self.clock() - connection.idle_since < self.keepalive and not connection.is_stale():
                 return connection
             await self._discard(connection)
+        return None
+
+    async def open(self, origin: Origin) -> Connection:
+        """A new connection to *origin*.  Raises ``OSError`` when it cannot be opened."""
         return self._adopt(origin, await self._dial(origin))
 
     async def release(self, connection: Connection) -> None:
         """Keep the connection if it is good for another request, else close it at once."""
-        idle = self._idle.setdefault(connection.origin, deque())
+        idle = self._idle.get(connection.origin)
+        if idle is None:
+            idle = self._idle[connection.origin] = deque()
         if self._closed or not connection.is_reusable() or len(idle) >= self.most_idle:
             await self._discard(connection)
             return

@@ -10,6 +10,7 @@ import attrs
 
 from citadel_gateway.io.attempt import Attempt, Progress, read_all
 from citadel_gateway.io.connection import Connection
+from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.stream_relay import Sink, StreamRelay
 from citadel_gateway.io.target import Call, Target, Timing
@@ -29,12 +30,13 @@ class UpstreamClient:
     """Sends requests to endpoints over the shared pool."""
 
     pool: ConnectionPool
+    deadlines: Deadlines
 
     async def ask(
         self, target: Target, call: Call, timing: Timing, progress: Progress
     ) -> WholeAnswer:
         """A whole answer, complete and valid.  Raises :class:`UpstreamFailure`."""
-        attempt = Attempt(self.pool, target, call, timing, progress)
+        attempt = Attempt(self.pool, self.deadlines, target, call, timing, progress)
 
         async def read(connection: Connection) -> WholeAnswer:
             attempt.expect_whole()
@@ -56,5 +58,5 @@ class UpstreamClient:
 
         Raises :class:`UpstreamFailure`; once that is ``committed``, the stream was cut.
         """
-        attempt = Attempt(self.pool, target, call, timing, progress)
+        attempt = Attempt(self.pool, self.deadlines, target, call, timing, progress)
         await attempt.run(StreamRelay(attempt, sink, reader).run)

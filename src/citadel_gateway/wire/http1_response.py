@@ -35,12 +35,8 @@ class CutShort(BadResponse):
 
 @attrs.define(eq=False)
 class ResponseParser:
-    """One response, from the first byte to the end of its body.
+    """One response after the other, each from its first byte to the end of its body."""
 
-    :param bodiless: the request was a HEAD, so there is no body whatever the head says.
-    """
-
-    bodiless: bool = False
     status: int = attrs.field(default=0, init=False)
     headers: Headers = attrs.field(factory=list, init=False)
     started: bool = attrs.field(default=False, init=False)
@@ -49,6 +45,7 @@ class ResponseParser:
     reusable: bool = attrs.field(default=False, init=False)  # what the head promises
     surplus: bool = attrs.field(default=False, init=False)  # bytes came behind the response
     http_version: str = attrs.field(default="1.1", init=False)
+    _bodiless: bool = attrs.field(default=False, init=False)
     _parser: httptools.HttpResponseParser = attrs.field(init=False)
     _error: BadResponse | None = attrs.field(default=None, init=False)
     _body: list[bytes] = attrs.field(factory=list, init=False)
@@ -59,6 +56,16 @@ class ResponseParser:
 
     def __attrs_post_init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
+
+    def begin(self, *, bodiless: bool = False) -> None:
+        """Expect the next response.  The last one, if any, must have been complete and clean.
+
+        :param bodiless: the request was a HEAD, so there is no body whatever the head says.
+        """
+        self.headers = []
+        self.started = self.head_complete = self.complete = self.surplus = False
+        self._bodiless = bodiless
+        self._head_bytes = self._pending = self._informational = 0
 
     def feed(self, data: bytes) -> None:
         """Raises :class:`BadResponse`."""
@@ -131,16 +138,16 @@ class ResponseParser:
             first(self.headers, b"content-length") is not None
             or b"chunked" in b",".join(values(self.headers, b"transfer-encoding")).lower()
         )
-        without_body = self.bodiless or status in {204, 304}
+        without_body = self._bodiless or status in {204, 304}
         self._until_close = not framed and not without_body
         self.reusable = (
-            self._parser.should_keep_alive() and not self.bodiless and (framed or without_body)
+            self._parser.should_keep_alive() and not self._bodiless and (framed or without_body)
         )
-        self.complete = self.bodiless
+        self.complete = self._bodiless
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0
-        if not self.surplus and not self.bodiless:
+        if not self.surplus and not self._bodiless:
             self._body.append(body)
 
     def on_message_complete(self) -> None:
