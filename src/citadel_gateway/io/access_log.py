@@ -11,32 +11,41 @@ _OF_ENGINES = {Outcome.UPSTREAM_REJECTED, Outcome.UPSTREAM_ERROR, Outcome.STREAM
 
 def access_line(record: RequestRecord) -> dict[str, Any]:
     """Times are milliseconds; fields that say nothing are left out."""
-    fields = {
+    outcome = record.outcome or Outcome.INTERNAL_ERROR
+    fields: dict[str, Any] = {
         "request_id": record.request_id,
         "route": record.route,
         "status": record.status,
-        "outcome": record.outcome.value if record.outcome is not None else "internal_error",
-        "code": record.error_code,
-        "error": record.error if _is_our_own(record) else None,
-        "phase": record.phase.value if record.outcome is Outcome.CLIENT_CLOSED else None,
-        "client": record.client,
-        "key_id": record.key_id,
-        "model": record.model or None,
-        "endpoint": record.endpoint or None,
-        "reason": record.route_reason or None,
-        "attempts": record.attempts,
-        "stream": record.stream,
-        "duration_ms": _ms(record.ended - record.began),
-        "queue_ms": _ms(record.queue_wait) if record.queue_wait else None,
-        "upstream_ms": _ms(record.upstream_wait),
-        "bytes_in": record.bytes_in,
-        "bytes_out": record.bytes_out,
-        "prompt_tokens": record.prompt_tokens or None,
-        "completion_tokens": record.completion_tokens or None,
+        "outcome": outcome.value,
     }
+    if outcome is not Outcome.OK:
+        fields["code"] = record.error_code
+        fields["error"] = record.error if _is_our_own(record) else None
+        fields["phase"] = record.phase.value if outcome is Outcome.CLIENT_CLOSED else None
+    fields["client"] = record.client
+    fields["key_id"] = record.key_id
+    fields["model"] = record.model or None
+    fields["endpoint"] = record.endpoint or None
+    fields["reason"] = record.route_reason or None
+    fields["attempts"] = record.attempts
+    fields["stream"] = record.stream
+    fields["duration_ms"] = _ms(record.ended - record.began)
+    if record.queue_wait:
+        fields["queue_ms"] = _ms(record.queue_wait)
+    fields["upstream_ms"] = _ms(record.upstream_wait)
+    fields["bytes_in"] = record.bytes_in
+    fields["bytes_out"] = record.bytes_out
+    if record.prompt_tokens:
+        fields["prompt_tokens"] = record.prompt_tokens
+    if record.completion_tokens:
+        fields["completion_tokens"] = record.completion_tokens
     if record.committed is not None and record.overhead is not None:
         fields["first_byte_ms"] = _ms(record.committed - record.began)
         fields["overhead_ms"] = _ms(record.overhead)
+    return fields if None not in fields.values() else _without_nothing(fields)
+
+
+def _without_nothing(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 

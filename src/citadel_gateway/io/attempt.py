@@ -15,8 +15,8 @@ import trio
 
 from citadel_gateway.io.connection import Connection, Interrupted
 from citadel_gateway.io.deadlines import Deadline, Deadlines
-from citadel_gateway.io.failures import UpstreamFailure, from_clock, from_exception, from_status
 from citadel_gateway.io.dial import Origin
+from citadel_gateway.io.failures import UpstreamFailure, from_clock, from_exception, from_status
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.record import Phase, nobody_to_hang_up_on
 from citadel_gateway.io.target import Call, Target, Timing

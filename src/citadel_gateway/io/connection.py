@@ -227,10 +227,8 @@ class Connection:
 async def _send_all(sock: socket.socket, data: bytes) -> None:
     rest = memoryview(data)
     while True:
-        try:
+        with suppress(BlockingIOError):
             rest = rest[sock.send(rest) :]
-        except BlockingIOError:
-            pass
         if not rest:
             return
         await trio.lowlevel.wait_writable(sock)

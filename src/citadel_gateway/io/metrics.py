@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 import trio
-from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 from citadel_gateway.io.record import Outcome, RequestRecord
+from citadel_gateway.io.tallies import Counts, Distributions
 from citadel_gateway.policy.circuit_breaker import State, Transition
 from citadel_gateway.policy.endpoint import Endpoint
 
@@ -60,121 +61,105 @@ class Metrics:
         r.register(self._levels)
         ProcessCollector(registry=r)
         GCCollector(registry=r)
-        self._requests = Counter(
+        self._requests = Counts(
             "citadel_gateway_requests", "Requests that ended, by how they ended.",
-            ["model", "endpoint", "outcome"], registry=r,
+            ("model", "endpoint", "outcome"),
         )  # fmt: skip
-        self._attempts = Counter(
+        self._attempts = Counts(
             "citadel_gateway_attempts", "Requests sent to endpoints.",
-            ["model", "endpoint", "result"], registry=r,
+            ("model", "endpoint", "result"),
         )  # fmt: skip
-        self._overhead = Histogram(
+        self._overhead = Distributions(
             "citadel_gateway_overhead_seconds",
-            "Latency that the gateway itself added until its answer began.",
-            buckets=_OVERHEAD, registry=r,
+            "Latency that the gateway itself added until its answer began.", _OVERHEAD,
         )  # fmt: skip
-        self._first_token = Histogram(
+        self._first_token = Distributions(
             "citadel_gateway_time_to_first_token_seconds",
-            "Arrival of a request to the first content of its stream.",
-            ["model"], buckets=_FIRST_TOKEN, registry=r,
+            "Arrival of a request to the first content of its stream.", _FIRST_TOKEN, ("model",),
         )  # fmt: skip
-        self._duration = Histogram(
+        self._duration = Distributions(
             "citadel_gateway_request_duration_seconds", "Arrival of a request to its end.",
-            ["model"], buckets=_DURATION, registry=r,
+            _DURATION, ("model",),
         )  # fmt: skip
-        self._tokens = Counter(
-            "citadel_gateway_tokens", "Tokens, as the engines count them.",
-            ["model", "kind"], registry=r,
+        self._tokens = Counts(
+            "citadel_gateway_tokens", "Tokens, as the engines count them.", ("model", "kind"),
         )  # fmt: skip
-        self._token_usage = Histogram(
+        self._token_usage = Distributions(
             "gen_ai_client_token_usage", "Tokens of one request (OpenTelemetry's name).",
-            ["gen_ai_request_model", "gen_ai_token_type"], buckets=_TOKENS, registry=r,
+            _TOKENS, ("gen_ai_request_model", "gen_ai_token_type"),
         )  # fmt: skip
-        self._queue_wait = Histogram(
+        self._queue_wait = Distributions(
             "citadel_gateway_queue_wait_seconds", "Waiting for a slot, of requests that waited.",
-            ["model"], buckets=_QUEUE, registry=r,
+            _QUEUE, ("model",),
         )  # fmt: skip
-        self._cancellations = Counter(
+        self._cancellations = Counts(
             "citadel_gateway_cancellations", "Requests whose client left, by when it left.",
-            ["phase"], registry=r,
+            ("phase",),
         )  # fmt: skip
-        self._rejections = Counter(
-            "citadel_gateway_limiter_rejections", "Requests refused by a rate limit.",
-            ["limit"], registry=r,
+        self._rejections = Counts(
+            "citadel_gateway_limiter_rejections", "Requests refused by a rate limit.", ("limit",),
         )  # fmt: skip
-        self._transitions = Counter(
+        self._transitions = Counts(
             "citadel_gateway_breaker_transitions", "Changes of a breaker.",
-            ["model", "endpoint", "to"], registry=r,
+            ("model", "endpoint", "to"),
         )  # fmt: skip
-        self._malformed = Counter(
-            "citadel_gateway_malformed_events", "Events that were not JSON, dropped.",
-            ["model"], registry=r,
+        self._malformed = Counts(
+            "citadel_gateway_malformed_events", "Events that were not JSON, dropped.", ("model",),
         )  # fmt: skip
-        self._crashes = Counter(
-            "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
-            ["where"], registry=r,
+        self._crashes = Counts(
+            "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.", ("where",),
         )  # fmt: skip
+        for family in (
+            self._requests, self._attempts, self._overhead, self._first_token, self._duration,
+            self._tokens, self._token_usage, self._queue_wait, self._cancellations,
+            self._rejections, self._transitions, self._malformed, self._crashes,
+        ):  # fmt: skip
+            r.register(family)
         r.register(_Renamed(self._duration, "gen_ai_server_request_duration_seconds"))
         r.register(_Renamed(self._first_token, "gen_ai_server_time_to_first_token_seconds"))
-        self._children: dict[tuple[object, ...], Counter | Histogram] = {}
 
     def finished(self, record: RequestRecord) -> None:
         """Count a request that has ended; called once for each."""
         outcome = record.outcome or Outcome.INTERNAL_ERROR
         model = record.model or "none"
-        self._counter(self._requests, model, record.endpoint or "none", outcome.value).inc()
-        self._histogram(self._duration, model).observe(record.ended - record.began)
+        of_model = (model,)
+        self._requests.add((model, record.endpoint or "none", outcome.value))
+        self._duration.observe(of_model, record.ended - record.began)
         if outcome is Outcome.CLIENT_CLOSED:
-            self._counter(self._cancellations, record.phase.value).inc()
+            self._cancellations.add((record.phase.value,))
         if record.attempts and record.overhead is not None:
-            self._overhead.observe(record.overhead)
+            self._overhead.observe((), record.overhead)
         if record.stream and record.status == 200 and record.committed is not None:
-            self._histogram(self._first_token, model).observe(record.committed - record.began)
+            self._first_token.observe(of_model, record.committed - record.began)
         if record.queue_wait:
-            self._histogram(self._queue_wait, model).observe(record.queue_wait)
-        for kind, otel, count in (
-            ("prompt", "input", record.prompt_tokens),
-            ("completion", "output", record.completion_tokens),
-        ):
-            if count:
-                self._counter(self._tokens, model, kind).inc(count)
-                self._histogram(self._token_usage, model, otel).observe(count)
+            self._queue_wait.observe(of_model, record.queue_wait)
+        if prompt := record.prompt_tokens:
+            self._tokens.add((model, "prompt"), prompt)
+            self._token_usage.observe((model, "input"), prompt)
+        if completion := record.completion_tokens:
+            self._tokens.add((model, "completion"), completion)
+            self._token_usage.observe((model, "output"), completion)
 
     def attempted(self, endpoint: Endpoint, result: str) -> None:
         """Count an attempt; *result* is ``ok``, ``cancelled``, a finding of ours or a status."""
-        self._counter(self._attempts, endpoint.model, endpoint.url, result).inc()
+        self._attempts.add((endpoint.model, endpoint.url, result))
 
     def rejected(self, limit: str) -> None:
-        self._counter(self._rejections, limit).inc()
+        self._rejections.add((limit,))
 
     def changed(self, endpoint: Endpoint, transition: Transition) -> None:
-        after = transition.after.value
-        self._counter(self._transitions, endpoint.model, endpoint.url, after).inc()
+        self._transitions.add((endpoint.model, endpoint.url, transition.after.value))
 
     def malformed(self, model: str, count: int) -> None:
-        self._counter(self._malformed, model).inc(count)
+        self._malformed.add((model,), count)
 
     def crashed(self, where: str) -> None:
-        self._counter(self._crashes, where).inc()
+        self._crashes.add((where,))
 
     async def render(self) -> bytes:
         """The page that Prometheus scrapes.  Levels are read here, text is made in a thread."""
         self._levels.levels = self._read()
         return await trio.to_thread.run_sync(generate_latest, self.registry)
-
-    # `labels()` costs more than counting does, so its results are kept.
-
-    def _counter(self, family: Counter, *values: str) -> Counter:
-        child = self._children.get((family, *values))
-        if child is None:
-            child = self._children[family, *values] = family.labels(*values)
-        return child  # type: ignore[return-value]  # the key holds the family
-
-    def _histogram(self, family: Histogram, *values: str) -> Histogram:
-        child = self._children.get((family, *values))
-        if child is None:
-            child = self._children[family, *values] = family.labels(*values)
-        return child  # type: ignore[return-value]  # the key holds the family
 
 
 @attrs.define(eq=False)
@@ -234,7 +219,7 @@ class _LevelCollector(Collector):
 class _Renamed(Collector):
     """A histogram under OpenTelemetry's name as well, at no cost until somebody scrapes it."""
 
-    histogram: Histogram
+    histogram: Distributions
     name: str
 
     def collect(self) -> Iterable[Metric]:

@@ -23,12 +23,17 @@ class TokenBucket:
     rate: float
     burst: float
     _tat: float = attrs.field(default=-math.inf, init=False)
+    _step: float = attrs.field(init=False)  # seconds that one unit takes to refill
+    _depth: float = attrs.field(init=False)  # and the whole bucket
+
+    def __attrs_post_init__(self) -> None:
+        self._step, self._depth = 1.0 / self.rate, self.burst / self.rate
 
     def wait(self, now: float, cost: float = 1.0) -> float:
         """Seconds until *cost* units fit; 0.0 if they fit now; inf if they never will."""
         if cost > self.burst:
             return math.inf
-        wait = self._after(now, cost) - now - self.burst / self.rate
+        wait = self._after(now, cost) - now - self._depth
         return wait if wait > _NOW else 0.0
 
     def spend(self, now: float, cost: float = 1.0) -> None:
@@ -36,8 +41,11 @@ class TokenBucket:
 
     def remaining(self, now: float) -> int:
         """Whole units that would fit now."""
-        filled = self.burst - (max(self._tat, now) - now - _NOW) * self.rate
-        return min(math.floor(self.burst), max(0, math.floor(filled)))
+        tat = self._tat
+        if tat <= now:
+            return int(self.burst)
+        filled = int(self.burst - (tat - now - _NOW) * self.rate)
+        return min(int(self.burst), filled) if filled > 0 else 0
 
     def reset(self, now: float) -> float:
         """Seconds until the bucket is full again."""
@@ -47,7 +55,8 @@ class TokenBucket:
         return self._tat <= now
 
     def _after(self, now: float, cost: float) -> float:
-        return max(self._tat, now) + cost / self.rate
+        tat = self._tat
+        return (tat if tat > now else now) + cost * self._step
 
 
 @attrs.frozen
@@ -73,12 +82,17 @@ def take(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance | 
 
     :param buckets: the limits that apply, by name; at least one.
     """
-    wait, name, bucket = max(((b.wait(now), n, b) for n, b in buckets), key=lambda x: x[0])
-    if wait > 0:
-        return Refusal(name, wait, _allowance(bucket, now))
-    for _, each in buckets:
-        each.spend(now)
-    tightest = min((b for _, b in buckets), key=lambda b: b.remaining(now) / b.burst)
+    longest = 0.0
+    for name, bucket in buckets:
+        if (wait := bucket.wait(now)) > longest:
+            longest, limit, refusing = wait, name, bucket
+    if longest > 0:
+        return Refusal(limit, longest, _allowance(refusing, now))
+    lowest = math.inf
+    for _, bucket in buckets:
+        bucket.spend(now)
+        if (share := bucket.remaining(now) / bucket.burst) < lowest:
+            lowest, tightest = share, bucket
     return _allowance(tightest, now)
 
 

@@ -7,18 +7,19 @@ request for usage numbers.  Fields that the gateway does not know pass through u
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
 
 from citadel_gateway.errors import invalid_request
-from citadel_gateway.wire.json_object import Span, json_type, parse_object, set_members
+from citadel_gateway.wire.json_object import json_type, parse_object, set_members
 
 AUTO: Final = "auto"
 _MAX_MODEL_NAME = 256
 _MAX_MESSAGES = 4096
 _MAX_ITEMS = 100_000  # of a prompt given as tokens
+_CHANGEABLE = ("model", "stream_options")
 _STATEFUL = ("store", "previous_response_id", "background", "conversation")
 
 
@@ -42,7 +43,7 @@ class InferenceRequest:
     :param choices: how many choices the answer will have.
     :param named: the value of ``model`` in the body, whatever it means.
     :param options: the value of ``stream_options`` in the body.
-    :param spans: where the value of each field stands in the body.
+    :param changeable: which of the fields that may have to change stand in the body.
     """
 
     kind: Kind
@@ -56,7 +57,7 @@ class InferenceRequest:
     choices: int
     named: str | None
     options: dict[str, Any] | None
-    spans: Mapping[str, Span] = attrs.field(repr=False)
+    changeable: tuple[str, ...]
 
     def body_for(self, model: str, *, ask_usage: bool) -> bytes:
         """The body to send: for *model*, and asking for the usage of a stream if *ask_usage*."""
@@ -65,14 +66,14 @@ class InferenceRequest:
             changes["model"] = model
         if ask_usage and self.stream and not self.wants_usage:
             changes["stream_options"] = {**(self.options or {}), "include_usage": True}
-        return set_members(self.body, self.spans, changes) if changes else self.body
+        return set_members(self.body, self.changeable, changes) if changes else self.body
 
 
 def parse_request(kind: Kind, body: bytes) -> InferenceRequest:
     """Raises a :class:`GatewayError` with status 400 that names the field at fault."""
-    fields, spans = parse_object(body)
-    for name, check in _CHECKS.items():
-        if name in fields and (problem := check(fields[name])):
+    fields = parse_object(body)
+    for name, value in fields.items():
+        if (check := _CHECKS.get(name)) is not None and (problem := check(value)):
             raise invalid_request(f"'{name}' {problem}.", param=name, code="invalid_type")
     match kind:
         case Kind.CHAT:
@@ -94,13 +95,14 @@ def parse_request(kind: Kind, body: bytes) -> InferenceRequest:
         model=None if not model or model == AUTO else model,
         stream=stream,
         wants_usage=bool(options and options.get("include_usage")),
-        stateless=not any(fields.get(name) for name in _STATEFUL),
+        stateless=fields.keys().isdisjoint(_STATEFUL)
+        or not any(fields.get(name) for name in _STATEFUL),
         prompt_tokens=len(body) // 4,
         max_tokens=fields.get("max_completion_tokens") or fields.get("max_tokens"),
         choices=_choices(kind, fields),
         named=model,
         options=options,
-        spans=spans,
+        changeable=tuple([name for name in _CHANGEABLE if name in fields]),
     )
 
 
