@@ -21,7 +21,7 @@ import trustme
 from citadel_gateway.app.server import Address, CannotListen, Server
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import Count, HttpServer, Seconds
-from citadel_gateway.io.http1_exchange import CANCELS, ResponseAborted
+from citadel_gateway.io.http1_exchange import EXCHANGE, ResponseAborted
 from tests.support.openfds import open_descriptors, task_count
 from tests.support.raw_client import NoResponseError, RawClient, http_request
 from tests.support.scripted_engine import MODEL, ScriptedEngine, serve_tcp
@@ -67,7 +67,7 @@ class Demo:
         """Work until cancelled: by the server itself, or else when it says that the client left."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._work, work)
-            if CANCELS not in scope["extensions"]:
+            if EXCHANGE not in scope["extensions"]:
                 while (await receive())["type"] != "http.disconnect":
                     pass
                 nursery.cancel_scope.cancel()

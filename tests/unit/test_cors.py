@@ -5,6 +5,7 @@ import pytest
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.config.schema import CorsConfig
 from citadel_gateway.config.values import Origin, Seconds
+from citadel_gateway.wire.headers import Fields
 
 PAGE = b"https://chat.example.org"
 
@@ -19,8 +20,8 @@ def cors(*origins: str) -> Cors:
     )
 
 
-def asked_by(origin: bytes | None) -> list[tuple[bytes, bytes]]:
-    return [(b"host", b"gateway")] + ([] if origin is None else [(b"origin", origin)])
+def asked_by(origin: bytes | None) -> Fields:
+    return Fields([(b"host", b"gateway")] + ([] if origin is None else [(b"origin", origin)]))
 
 
 def test_without_configured_origins_nothing_is_said() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -22,6 +22,35 @@ _EVENTS: Headers = [
 ]
 
 
+class Client(Protocol):
+    """Who is answered; the headers are those that say something about the answer itself."""
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None: ...
+
+    async def begin(self, status: int, headers: Headers, data: bytes) -> None: ...
+
+    async def write(self, data: bytes, *, last: bool = False) -> None: ...
+
+
+@attrs.define(eq=False)
+class AsgiClient:
+    """A client behind somebody else's server."""
+
+    send: Callable[[dict[str, Any]], Awaitable[None]]
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.write(body, last=True)
+
+    async def begin(self, status: int, headers: Headers, data: bytes) -> None:
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.write(data)
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        await self.send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
 @attrs.define(eq=False)
 class ClientResponse:
     """Answers one request, exactly once; also the sink of streams.
@@ -29,7 +58,7 @@ class ClientResponse:
     :param routing_headers: tell the client which endpoint answered, and why.
     """
 
-    send: Callable[[dict[str, Any]], Awaitable[None]]
+    client: Client
     record: RequestRecord
     routing_headers: bool
     headers: Headers = attrs.field(factory=list)  # that every answer carries
@@ -39,42 +68,31 @@ class ClientResponse:
     async def whole(self, body: bytes) -> None:
         """A complete JSON answer with status 200."""
         self.record.phase = Phase.ANSWERING
-        self._commit(200)
-        headers = [*_JSON, (b"content-length", b"%d" % len(body)), *self._common_headers()]
-        await self._send_whole(200, headers, body)
+        await self._answer(200, _JSON + self._commit(200), body)
         self.record.outcome = Outcome.OK
 
     async def error(self, error: GatewayError, *, by_upstream: bool = False) -> None:
         """An error instead of an answer."""
-        record = self.record
-        self._commit(error.status)
-        body = error.body()
-        headers = [*_JSON, (b"content-length", b"%d" % len(body)), *self._common_headers()]
-        record.refuse(
+        headers = _JSON + self._commit(error.status) + error.all_headers()
+        self.record.refuse(
             status=error.status, code=error.code, message=error.message, by_upstream=by_upstream
         )
-        await self._send_whole(error.status, headers + error.all_headers(), body)
+        await self._answer(error.status, headers, error.body())
 
     async def start(self, data: bytes) -> None:
         """Commit a stream: its head and its first events."""
-        self._commit(200)
-        await self.send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [*_EVENTS, *self._common_headers()],
-            }
-        )
-        await self.write(data)
+        headers = _EVENTS + self._commit(200)
+        self.record.bytes_out += len(data)
+        await self.client.begin(200, headers, data)
 
     async def write(self, data: bytes) -> None:
         self.record.bytes_out += len(data)
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+        await self.client.write(data)
 
     async def finish(self, data: bytes) -> None:
         self.ending = True
         self.record.bytes_out += len(data)
-        await self.send({"type": "http.response.body", "body": data})
+        await self.client.write(data, last=True)
         self.record.outcome = Outcome.OK
 
     async def break_off(self, error: GatewayError, outcome: Outcome) -> None:
@@ -87,17 +105,15 @@ class ClientResponse:
         await self.write(encode_event(error.body()))
         raise ResponseAborted
 
-    def _commit(self, status: int) -> None:
-        self.started = True
-        self.record.commit(status, trio.current_time())
-
-    async def _send_whole(self, status: int, headers: Headers, body: bytes) -> None:
+    async def _answer(self, status: int, headers: Headers, body: bytes) -> None:
         self.ending = True
         self.record.bytes_out += len(body)
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body})
+        await self.client.answer(status, headers, body)
 
-    def _common_headers(self) -> Headers:
+    def _commit(self, status: int) -> Headers:
+        """Note that the answer begins; returns the headers that are the same for all kinds."""
+        self.started = True
+        self.record.commit(status, trio.current_time())
         record = self.record
         found = [(b"x-request-id", record.request_id.encode("ascii")), *self.headers]
         if not self.routing_headers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from citadel_gateway.config.schema import CorsConfig
-from citadel_gateway.wire.headers import Headers, first
+from citadel_gateway.wire.headers import Fields, Headers
 
 _EXPOSED = (
     b"x-request-id, x-citadel-model, x-citadel-backend, x-citadel-route-reason, "
@@ -20,11 +20,11 @@ class Cors:
 
     config: CorsConfig
 
-    def headers(self, request: Headers) -> Headers:
+    def headers(self, request: Fields) -> Headers:
         """What to add to an answer to *request*."""
         if not self.config.allow_origins:
             return []
-        allowed = self._allowed(first(request, b"origin"))
+        allowed = self._allowed(request.get(b"origin"))
         vary = [(b"vary", b"origin")]
         if allowed is None:
             return vary
@@ -34,7 +34,7 @@ class Cors:
             *vary,
         ]
 
-    def preflight(self, request: Headers) -> Headers:
+    def preflight(self, request: Fields) -> Headers:
         """The answer to a browser that asks before it calls; without leave unless it may."""
         found = self.headers(request)
         if len(found) > 1:

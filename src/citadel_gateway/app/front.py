@@ -10,7 +10,7 @@ import attrs
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.relay import ROUTES, Receive, Relay, Send
 from citadel_gateway.errors import method_not_allowed
-from citadel_gateway.wire.headers import Headers, first, request_id
+from citadel_gateway.wire.headers import Fields, Headers, request_id
 
 _SECURITY: Headers = [(b"x-content-type-options", b"nosniff")]
 
@@ -36,24 +36,24 @@ class Front:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"cannot serve {scope['type']!r}")
-        headers: Headers = scope["headers"]
+        fields = Fields(scope["headers"])
         method = scope["method"]
-        if method == "OPTIONS" and first(headers, b"access-control-request-method"):
-            await _respond(send, 204, self.cors.preflight(headers))
+        if method == "OPTIONS" and b"access-control-request-method" in fields:
+            await _respond(send, 204, self.cors.preflight(fields))
         elif scope["path"] not in ROUTES:
-            await self.quart(scope, receive, self._decorate(scope, send))
+            await self.quart(scope, receive, self._decorate(scope, fields, send))
         elif method == "POST":
-            await self.relay(scope, receive, send, self.cors.headers(headers))
+            await self.relay(scope, fields, receive, send, self.cors.headers(fields))
         else:
             error = method_not_allowed(method, scope["path"], "POST")
-            await _respond(self._decorate(scope, send), error.status, *error.response())
+            await _respond(self._decorate(scope, fields, send), error.status, *error.response())
 
-    def _decorate(self, scope: dict[str, Any], send: Send) -> Send:
-        name = request_id(scope["headers"])
+    def _decorate(self, scope: dict[str, Any], fields: Fields, send: Send) -> Send:
+        name = request_id(fields)
         extra = [
             (b"x-request-id", name.encode("ascii")),
             *_SECURITY,
-            *self.cors.headers(scope["headers"]),
+            *self.cors.headers(fields),
         ]
 
         async def decorated(message: dict[str, Any]) -> None:

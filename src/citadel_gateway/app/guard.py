@@ -25,10 +25,11 @@ from citadel_gateway.policy.rate_limit import (
     TokenBucket,
     take,
 )
-from citadel_gateway.wire.headers import Headers, duration_ms, first, values
+from citadel_gateway.wire.headers import Fields, Headers, duration_ms
 
 _BURST_SECONDS = 5
 _MAX_FORWARDED = 10
+_JSON = b"application/json"
 
 
 class Limiter:
@@ -113,12 +114,12 @@ class Doorkeeper:
         self._allowed = config.performance.request_timeout_seconds
         self.limiter = Limiter(config)
 
-    def identify(self, scope: dict[str, Any]) -> Visitor:
+    def identify(self, scope: dict[str, Any], fields: Fields) -> Visitor:
         """Raises ``GatewayError`` 401 when a key is needed and not shown."""
-        client = self._address(scope)
+        client = self._address(scope, fields)
         if not self._keys:
             return Visitor(client, None)
-        shown = values(scope["headers"], b"authorization")
+        shown = fields.values(b"authorization")
         key = self._keys.find(shown)
         if key is None:
             raise unauthorized(
@@ -147,26 +148,26 @@ class Doorkeeper:
             case Allowance():
                 return allowance_headers(result)
 
-    def check_body(self, headers: Headers) -> int:
+    def check_body(self, fields: Fields) -> int:
         """The most bytes the body may have.  Raises ``GatewayError`` 400, 413 or 415."""
-        content_types = values(headers, b"content-type")
+        content_types = fields.values(b"content-type")
         if len(content_types) > 1:
             raise invalid_request("There is more than one Content-Type.", param="content-type")
-        if content_types and not _is_json(content_types[0]):
+        if content_types and content_types[0] != _JSON and not _is_json(content_types[0]):
             raise unsupported_media_type("The Content-Type must be application/json.")
-        encoding = first(headers, b"content-encoding")
+        encoding = fields.get(b"content-encoding")
         if encoding is not None and encoding.lower() != b"identity":
             raise unsupported_media_type(
                 "Compressed request bodies are not accepted.", "content-encoding"
             )
-        length = first(headers, b"content-length")
+        length = fields.get(b"content-length")
         if length is not None and length.isdigit() and int(length) > self._most_bytes:
             raise body_too_large(self._most_bytes)
         return self._most_bytes
 
-    def timeout(self, headers: Headers) -> tuple[float, bool]:
+    def timeout(self, fields: Fields) -> tuple[float, bool]:
         """Seconds the request may take, and whether the client shortened them."""
-        value = first(headers, b"x-citadel-timeout")
+        value = fields.get(b"x-citadel-timeout")
         if value is None:
             return self._allowed, False
         try:
@@ -180,12 +181,12 @@ class Doorkeeper:
             )
         return (seconds, True) if seconds < self._allowed else (self._allowed, False)
 
-    def _address(self, scope: dict[str, Any]) -> str:
+    def _address(self, scope: dict[str, Any], fields: Fields) -> str:
         """The client's address; behind trusted proxies, the last one that is not theirs."""
         peer: str = (scope.get("client") or ("unknown",))[0]
         if not self._proxies or not self._is_trusted(peer):
             return peer
-        forwarded = b",".join(values(scope["headers"], b"x-forwarded-for")).decode("latin-1")
+        forwarded = b",".join(fields.values(b"x-forwarded-for")).decode("latin-1")
         hops = [hop.strip() for hop in forwarded.split(",") if hop.strip()]
         return _last_untrusted(hops[-_MAX_FORWARDED:], self._is_trusted) or peer
 
@@ -212,4 +213,4 @@ def _last_untrusted(hops: Sequence[str], is_trusted: Callable[[str], bool]) -> s
 def _is_json(content_type: bytes) -> bool:
     kind, _, parameters = content_type.lower().partition(b";")
     charset = parameters.partition(b"charset=")[2].strip(b" \"'")
-    return kind.strip() == b"application/json" and charset in {b"", b"utf-8", b"utf8"}
+    return kind.strip() == _JSON and charset in {b"", b"utf-8", b"utf8"}

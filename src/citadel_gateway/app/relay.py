@@ -12,15 +12,15 @@ from typing import Any
 import attrs
 import trio
 
-from citadel_gateway.app.client_response import ClientResponse
+from citadel_gateway.app.client_response import AsgiClient, Client, ClientResponse
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, Job
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.errors import GatewayError, body_too_large, draining, internal_error
 from citadel_gateway.io.failures import UpstreamFailure
-from citadel_gateway.io.http1_exchange import CANCELS, ResponseAborted
+from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
-from citadel_gateway.wire.headers import Headers, request_id, tracing
+from citadel_gateway.wire.headers import Fields, Headers, request_id, tracing
 from citadel_gateway.wire.http1_request import BadRequest
 from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
 
@@ -48,21 +48,28 @@ class Relay:
     is_cutting: Callable[[], bool]
 
     async def __call__(
-        self, scope: dict[str, Any], receive: Receive, send: Send, extra: Headers
+        self,
+        scope: dict[str, Any],
+        fields: Fields,
+        receive: Receive,
+        send: Send,
+        extra: Headers,
     ) -> None:
         """*extra* are headers for every answer, such as those of CORS."""
-        response = self._make_response(scope, send, extra)
-        if (news := (scope.get("extensions") or {}).get(CANCELS)) is not None:
-            news["on_leave"] = lambda: response.record.hang_up()
-            await self._serve(scope, receive, response)
+        exchange: Exchange | None = (scope.get("extensions") or {}).get(EXCHANGE)
+        if exchange is not None:
+            response = self._make_response(scope, fields, exchange, extra)
+            exchange.on_leave = response.record.pass_on_leave
+            await self._serve(_Request(scope, fields, receive, exchange), response)
             return
         # A server that only tells us when the client leaves: watch for it beside the work.
         inbox, aborted = _Inbox(receive), None
         async with trio.open_nursery() as nursery:
-            response.send = self._bounded(send, nursery.cancel_scope)
+            client = AsgiClient(self._bounded(send, nursery.cancel_scope))
+            response = self._make_response(scope, fields, client, extra)
             nursery.start_soon(inbox.watch, response, nursery.cancel_scope)
             try:
-                await self._serve(scope, inbox.receive, response)
+                await self._serve(_Request(scope, fields, inbox.receive, None), response)
             except ResponseAborted as exc:
                 aborted = exc
             nursery.cancel_scope.cancel()
@@ -82,24 +89,24 @@ class Relay:
 
         return bounded
 
-    def _make_response(self, scope: dict[str, Any], send: Send, extra: Headers) -> ClientResponse:
+    def _make_response(
+        self, scope: dict[str, Any], fields: Fields, client: Client, extra: Headers
+    ) -> ClientResponse:
         record = RequestRecord(
-            request_id=request_id(scope["headers"]),
+            request_id=request_id(fields),
             route=scope["path"],
             client=(scope.get("client") or ("unknown",))[0],
             began=trio.current_time(),
         )
         show = self.balancer.config.gateway.routing_headers
-        return ClientResponse(send, record, show, list(extra))
+        return ClientResponse(client, record, show, extra)
 
-    async def _serve(
-        self, scope: dict[str, Any], receive: Receive, response: ClientResponse
-    ) -> None:
+    async def _serve(self, request: _Request, response: ClientResponse) -> None:
         record = response.record
         try:
-            await self._answer(scope, receive, response)
+            await self._answer(request, response)
         except trio.Cancelled:
-            await self._say_goodbye(response, _refusal(scope))
+            await self._say_goodbye(response, request.refusal)
             raise
         except ResponseAborted:
             raise
@@ -113,11 +120,9 @@ class Relay:
             record.ended = trio.current_time()
             self.on_end(record)
 
-    async def _answer(
-        self, scope: dict[str, Any], receive: Receive, response: ClientResponse
-    ) -> None:
+    async def _answer(self, request: _Request, response: ClientResponse) -> None:
         try:
-            job = await self._accept(scope, receive, response)
+            job = await self._accept(request, response)
             answer = await self.orchestrator.answer(job, response)
             if answer is not None:
                 await response.whole(answer.body)
@@ -128,20 +133,18 @@ class Relay:
                 await response.break_off(failure.error, Outcome.STREAM_BROKEN)
             await response.error(failure.error, by_upstream=True)
 
-    async def _accept(
-        self, scope: dict[str, Any], receive: Receive, response: ClientResponse
-    ) -> Job:
+    async def _accept(self, asked: _Request, response: ClientResponse) -> Job:
         """Check the head, read the body, find out where it may go.  Raises ``GatewayError``."""
-        record, headers = response.record, scope["headers"]
-        visitor = self.doorkeeper.identify(scope)
+        record, fields = response.record, asked.fields
+        visitor = self.doorkeeper.identify(asked.scope, fields)
         record.client = visitor.client
         record.key_id = visitor.key.id if visitor.key is not None else None
-        response.headers += self.doorkeeper.admit(visitor, record.began)
-        most = self.doorkeeper.check_body(headers)
-        allowed, shortened = self.doorkeeper.timeout(headers)
-        body = await _read_body(receive, most)
+        response.headers = response.headers + self.doorkeeper.admit(visitor, record.began)
+        most = self.doorkeeper.check_body(fields)
+        allowed, shortened = self.doorkeeper.timeout(fields)
+        body = await _read_body(asked.receive, most)
         record.bytes_in, record.received = len(body), trio.current_time()
-        request = parse_request(ROUTES[scope["path"]], body)
+        request = parse_request(ROUTES[record.route], body)
         record.stream = request.stream
         plan = self.balancer.plan(request, visitor.key)
         record.model = "" if plan.groups[0].name == AUTO else plan.groups[0].name
@@ -150,7 +153,7 @@ class Relay:
             request=request,
             plan=plan,
             record=record,
-            tracing=tracing(headers),
+            tracing=tracing(fields),
             deadline=record.began + allowed,
             allowed=allowed,
             shortened=shortened,
@@ -182,10 +185,19 @@ class Relay:
                     return  # what is left to do, the cancellation does
 
 
-def _refusal(scope: dict[str, Any]) -> BadRequest | None:
-    """What the server found wrong with the rest of the request, if that is why it cancelled."""
-    refusal: BadRequest | None = (scope.get("extensions") or {}).get(CANCELS, {}).get("refusal")
-    return refusal
+@attrs.define(eq=False)
+class _Request:
+    """A request as it comes in; *exchange* is there if the server is ours."""
+
+    scope: dict[str, Any]
+    fields: Fields
+    receive: Receive
+    exchange: Exchange | None
+
+    @property
+    def refusal(self) -> BadRequest | None:
+        """What the server found wrong with the rest, if that is why it cancelled."""
+        return self.exchange.refusal if self.exchange is not None else None
 
 
 async def _read_body(receive: Receive, most: int) -> bytes:

@@ -13,7 +13,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from citadel_gateway.app.docs_page import read_asset
-from citadel_gateway.app.guard import Doorkeeper
+from citadel_gateway.app.guard import Doorkeeper, Visitor
 from citadel_gateway.app.openapi import openapi_document
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.config.schema import GatewayConfigSchema
@@ -28,6 +28,7 @@ from citadel_gateway.errors import (
 )
 from citadel_gateway.io.metrics import CONTENT_TYPE, Metrics
 from citadel_gateway.policy.auth import ApiKey
+from citadel_gateway.wire.headers import Fields
 from citadel_gateway.wire.openai_request import Kind, parse_request
 
 _MOST_BODY = 2**20
@@ -114,7 +115,7 @@ def _add_models(app: QuartTrio, gateway: Gateway) -> None:
         return _json(gateway.reports.status(trio.current_time(), _key(gateway)))
 
     async def route() -> Response:
-        visitor = gateway.doorkeeper.identify(dict(request.scope))
+        visitor = _identify(gateway)
         gateway.doorkeeper.admit(visitor, trio.current_time())
         data = await request.get_data(as_text=False)
         asked = parse_request(Kind.CHAT, data if isinstance(data, bytes) else data.encode())
@@ -178,9 +179,14 @@ def _add_error_handlers(app: QuartTrio, gateway: Gateway) -> None:
     app.register_error_handler(Exception, crashed)
 
 
+def _identify(gateway: Gateway) -> Visitor:
+    scope: dict[str, Any] = dict(request.scope)
+    return gateway.doorkeeper.identify(scope, Fields(scope["headers"]))
+
+
 def _key(gateway: Gateway) -> ApiKey | None:
     """The key that was shown; raises 401 where one is needed."""
-    return gateway.doorkeeper.identify(dict(request.scope)).key
+    return _identify(gateway).key
 
 
 def _get(app: QuartTrio, path: str, view: Callable[..., Awaitable[Response]]) -> None:

@@ -23,14 +23,14 @@ App: TypeAlias = Callable[
     Awaitable[None],
 ]
 
-CANCELS = "citadel.cancels"
-"""ASGI extension: the server cancels the application itself when the client leaves.
+EXCHANGE = "citadel.exchange"
+"""ASGI extension: the :class:`Exchange` itself.
 
-It is a dictionary.  An application may put a function under ``on_leave``, to be called in the
-instant in which the client leaves: cancelling many tasks takes a while.  When the server cancels
-because the request turned out to be broken, and answers it itself, ``refusal`` is the
-:class:`BadRequest` that says how.
+An application that knows it answers through it, and is cancelled when the client leaves.
 """
+
+
+_BODILESS = frozenset({204, 304})
 
 
 class ResponseAborted(Exception):
@@ -68,20 +68,26 @@ class Client(Protocol):
 
 @attrs.define(eq=False)
 class Exchange:
-    """One request and its answer, as the application sees them.
+    """One request and its answer.
 
-    The connection cancels the application when the client leaves.
+    ASGI's :meth:`receive` and :meth:`send` are for any application; :meth:`answer`, :meth:`begin`
+    and :meth:`write` do the same for one that knows this class, at less cost.  The connection
+    cancels the application when the client leaves.
+
+    :param on_leave: called in the instant in which the client leaves: cancelling many tasks takes
+        a while.
+    :param refusal: why the rest of the request is none, if the application was cancelled for that;
+        the connection answers it then.
     """
 
     connection: Client
     request: IncomingRequest
+    on_leave: Callable[[], None] | None = attrs.field(default=None, init=False)
+    refusal: BadRequest | None = attrs.field(default=None, init=False)
     _continued: bool = attrs.field(default=False, init=False)
     _continuing: trio.Event | None = attrs.field(default=None, init=False)
     _body_read: bool = attrs.field(default=False, init=False)
-    _body_failed: bool = attrs.field(default=False, init=False)
-    _news: dict[str, Any] = attrs.field(factory=dict, init=False)
-    _status: int = attrs.field(default=0, init=False)
-    _headers: Headers = attrs.field(factory=list, init=False)
+    _announced: Message | None = attrs.field(default=None, init=False)
     _started: bool = attrs.field(default=False, init=False)
     _chunked: bool = attrs.field(default=False, init=False)
     _bodiless: bool = attrs.field(default=False, init=False)
@@ -92,13 +98,13 @@ class Exchange:
         """Run the application; returns what becomes of the connection."""
         try:
             await self.connection.app(self._make_scope(), self.receive, self.send)
-            if not self._finished and not self._body_failed:
+            if not self._finished and self.refusal is None:
                 raise RuntimeError("the application returned without a complete answer")
         except ResponseAborted:
             return Fate.CLOSE
         except Exception as exc:  # the boundary: one request, not the server
             self.connection.on_crash(exc)
-            if not self._started and not self._body_failed:
+            if not self._started and self.refusal is None:
                 await self._answer_500()
             return Fate.CLOSE
         return self.fate
@@ -106,21 +112,20 @@ class Exchange:
     @property
     def fate(self) -> Fate:
         """What becomes of the connection now that the application has ended, or was cancelled."""
-        if self._body_failed and not self._started:
+        if self.refusal is not None and not self._started:
             return Fate.UNANSWERED
         kept = self._finished and self._keep and self.request.complete
         return Fate.KEEP if kept else Fate.CLOSE
 
     def pass_on_leave(self) -> None:
         """Tell the application's own peer, in this very moment, that nobody listens any more."""
-        if (on_leave := self._news.get("on_leave")) is not None:
-            on_leave()
+        if self.on_leave is not None:
+            self.on_leave()
 
     def fail_body(self, refusal: BadRequest) -> None:
         """The rest of the body will not come, and the application must not wait for it."""
         if not self.request.complete and not self._finished:
-            self._body_failed = True
-            self._news["refusal"] = refusal
+            self.refusal = refusal
 
     async def receive(self) -> Message:
         request = self.request
@@ -135,60 +140,76 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._status, self._headers = message["status"], list(message.get("headers", ()))
+            self._announced = message
         elif message["type"] == "http.response.body" and not self._finished:
-            await self._send_body(message.get("body", b""), last=not message.get("more_body"))
+            body, last = message.get("body", b""), not message.get("more_body")
+            if self._started:
+                await self.write(body, last=last)
+            else:
+                await self._begin_announced(body, last=last)
 
-    async def _send_body(self, body: bytes, *, last: bool) -> None:
-        if self._continuing is not None:
-            await self._continuing.wait()  # applications may read in one task and answer in another
-        data = b"" if self._started else self._make_head(body, last=last)
-        if not self._started and not self.request.complete:
-            self.connection.want_no_more()
-        if not self._bodiless:
-            if not self._chunked:
-                data += body
-            elif body:
-                data += b"%x\r\n%s\r\n" % (len(body), body)
-            if self._chunked and last:
+    async def _begin_announced(self, body: bytes, *, last: bool) -> None:
+        """The framing, and what depends on the connection, are ours: drop what is said of them."""
+        if self._announced is None:
+            raise RuntimeError("the application sent a body before its status")
+        headers, sized, keep = [], False, True
+        for name, value in self._announced.get("headers", ()):
+            match name.lower():
+                case b"connection":
+                    keep = value.lower() != b"close"
+                case b"transfer-encoding":
+                    pass
+                case lowered:
+                    sized = sized or lowered == b"content-length"
+                    headers.append((lowered, value))
+        status = self._announced["status"]
+        if last and not sized and status not in _BODILESS:
+            headers.append((b"content-length", b"%d" % len(body)))
+            sized = True
+        await self._start(status, headers, body, sized=sized, keep=keep, last=last)
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole answer.
+
+        :param headers: in lower case, without any about framing or the connection.
+        """
+        headers.append((b"content-length", b"%d" % len(body)))
+        await self._start(status, headers, body, sized=True, keep=True, last=True)
+
+    async def begin(self, status: int, headers: Headers, data: bytes) -> None:
+        """An answer's head and the first piece of its body; *headers* as for :meth:`answer`."""
+        await self._start(status, headers, data, sized=False, keep=True, last=False)
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """More of the body, and its end if it is the *last*."""
+        if self._chunked:
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            if last:
                 data += b"0\r\n\r\n"
-        self._started = True
+        elif self._bodiless:
+            data = b""
         if last:
             self._finished = True
         if data:
             await self._write(data)
 
-    async def _write(self, data: bytes) -> None:
-        try:
-            await self.connection.write(data)
-        except trio.BrokenResourceError:
-            self.connection.give_up()  # the same as being told that it has left
-            await trio.lowlevel.checkpoint()
-
-    def _make_head(self, body: bytes, *, last: bool) -> bytes:
-        """The head, with the framing and the fate of the connection decided."""
-        request, status = self.request, self._status
-        if not status:
-            raise RuntimeError("the application sent a body before its status")
-        headers: Headers = []
-        sized, keep = status in {204, 304}, True
-        for name, value in self._headers:
-            match name.lower():
-                case b"connection":
-                    keep = value.lower() != b"close"
-                case b"transfer-encoding":
-                    pass  # the framing is ours
-                case lowered:
-                    sized = sized or lowered == b"content-length"
-                    headers.append((lowered, value))
-        self._bodiless = request.method == "HEAD" or status in {204, 304}
+    async def _start(
+        self, status: int, headers: Headers, body: bytes, *, sized: bool, keep: bool, last: bool
+    ) -> None:
+        if self._continuing is not None:
+            await self._continuing.wait()  # applications may read in one task and answer in another
+        request = self.request
+        if not request.complete:
+            self.connection.want_no_more()
+        self._bodiless = request.method == "HEAD" or status in _BODILESS
         self._chunked = False
-        if not sized and last:
-            headers.append((b"content-length", b"%d" % len(body)))
-        elif not sized and request.version == "1.1":
+        if sized or status in _BODILESS:
+            pass
+        elif request.version == "1.1":
             headers.append((b"transfer-encoding", b"chunked"))
             self._chunked = not self._bodiless
-        elif not sized:
+        else:
             keep = False  # HTTP/1.0: the end of the connection is the end of the body
         self._keep = (
             keep and request.keep_alive and request.complete and self.connection.may_keep_alive()
@@ -198,7 +219,20 @@ class Exchange:
             headers.append((b"connection", b"close"))
         elif request.version == "1.0":
             headers.append((b"connection", b"keep-alive"))
-        return encode_response_head(status, headers)
+        head = encode_response_head(status, headers)
+        self._started, self._finished = True, last
+        if self._bodiless:
+            body = b""
+        elif self._chunked and body:
+            body = b"%x\r\n%b\r\n" % (len(body), body)
+        await self._write(head + body)
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            await self.connection.write(data)
+        except trio.BrokenResourceError:
+            self.connection.give_up()  # the same as being told that it has left
+            await trio.lowlevel.checkpoint()
 
     async def _continue(self) -> None:
         """Ask for the body, if the client waits to be asked: only now does anybody want it."""
@@ -217,9 +251,12 @@ class Exchange:
 
     async def _answer_500(self) -> None:
         error = internal_error()
-        self._status = error.status
-        self._headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await self._send_body(error.body(), last=True)
+        body = error.body()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+        ]
+        await self._start(error.status, headers, body, sized=True, keep=False, last=True)
 
     def _make_scope(self) -> Message:
         request, connection = self.request, self.connection
@@ -238,7 +275,7 @@ class Exchange:
             "client": connection.client,
             "server": connection.server,
             "state": connection.state,
-            "extensions": {CANCELS: self._news},
+            "extensions": {EXCHANGE: self},
         }
 
 

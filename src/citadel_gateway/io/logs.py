@@ -49,7 +49,8 @@ class JsonLog:
     def event(self, level: int, event: str, **fields: Any) -> None:
         """A line about the gateway itself."""
         if level >= self.level:
-            self.write({"level": _LEVELS[level], "event": event} | fields)
+            name = _LEVELS.get(level) or logging.getLevelName(level).lower()
+            self.write({"level": name, "event": event} | fields)
 
     async def flush_for_ever(self) -> NoReturn:
         while True:

@@ -104,6 +104,10 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def pass_on_leave(self) -> None:
+        """Tell the upstream at once that nobody listens any more."""
+        self.hang_up()
+
     def commit(self, status: int, now: float) -> None:
         """The answer begins.
 

@@ -56,7 +56,7 @@ class TokenBucket:
 
     def _after(self, now: float, cost: float) -> float:
         tat = self._tat
-        return (tat if tat > now else now) + cost * self._step
+        return (max(now, tat)) + cost * self._step
 
 
 @attrs.frozen

@@ -14,10 +14,24 @@ from typing import TypeAlias
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 """Names in lower case, in the order received."""
 
-_TRACING = frozenset({b"traceparent", b"tracestate"})
+_TRACING = (b"traceparent", b"tracestate")
 _REQUEST_ID_SOURCES = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"request-id")
 _ids = random.Random()  # unique, not secret: the operating system's randomness costs a system call
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
+
+
+class Fields(dict[bytes, bytes]):
+    """Headers by name, for those who ask for many of them; of several values, the first."""
+
+    def __init__(self, headers: Headers) -> None:
+        super().__init__(reversed(headers))
+        self._headers = headers
+
+    def values(self, name: bytes) -> list[bytes]:  # type: ignore[override]  # as HTTP has it
+        """All values of *name*, in the order received."""
+        if len(self) == len(self._headers):
+            return [self[name]] if name in self else []
+        return values(self._headers, name)
 
 
 def first(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
@@ -32,18 +46,20 @@ def values(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
     return [value for key, value in headers if key == name]
 
 
-def request_id(headers: Headers) -> str:
+def request_id(fields: Fields) -> str:
     """The caller's own id if it sent a sane one, else a new one of 32 hexadecimal digits."""
     for source in _REQUEST_ID_SOURCES:
-        value = first(headers, source)
+        value = fields.get(source)
         if value is not None and _REQUEST_ID.match(value):
             return value.decode("ascii")
     return f"{_ids.getrandbits(128):032x}"
 
 
-def tracing(headers: Headers) -> Headers:
+def tracing(fields: Fields) -> Headers:
     """The W3C trace context, which passes through unchanged."""
-    return [pair for pair in headers if pair[0] in _TRACING]
+    if b"traceparent" not in fields:
+        return []
+    return [(name, fields[name]) for name in _TRACING if name in fields]
 
 
 def duration_ms(seconds: float) -> str:
