@@ -57,6 +57,7 @@ class Attempt:
     _connection: Connection | None = attrs.field(default=None, init=False)
     _deadline: Deadline = attrs.field(init=False)
     _struck: bool = attrs.field(default=False, init=False)
+    _paused: bool = attrs.field(default=False, init=False)
     _dialling: trio.CancelScope | None = attrs.field(default=None, init=False)
     _clock: str = attrs.field(default="connect", init=False)
     _allowed: float = attrs.field(default=0.0, init=False)
@@ -94,6 +95,8 @@ class Attempt:
             await self._let_go()
 
     def _strike(self) -> None:
+        if self._paused:
+            return
         self._struck = True
         if self._connection is not None:
             self._connection.interrupt()
@@ -110,19 +113,20 @@ class Attempt:
 
     def expect_more(self) -> None:
         """The next read of a stream is due; called again after each."""
-        timing = self.timing
-        idle, total = trio.current_time() + timing.idle, self._sent_at + timing.total
-        self._final = False
-        if idle <= total:
-            self._clock, self._allowed = "idle", timing.idle
-            self._move_deadline(idle)
-        else:
+        timing, now = self.timing, trio.current_time()
+        due = now + timing.idle
+        self._final = self._paused = False
+        self._clock, self._allowed = "idle", timing.idle
+        if due > (last := self._sent_at + timing.total):
+            due = last
             self._clock, self._allowed = "total", timing.total
-            self._move_deadline(total)
+        self._move_deadline(due)
 
     def stop_clock(self) -> None:
-        """Somebody else's turn to be slow: the client's."""
-        self._move_deadline(math.inf)
+        """Somebody else's turn to be slow: the client's.  Until :meth:`expect_more`."""
+        self._paused = True
+        if self._struck:
+            raise self._timed_out()
 
     def note_wait(self, connection: Connection) -> None:
         """Add to the books how long the upstream has kept us waiting."""

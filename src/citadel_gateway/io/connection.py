@@ -174,7 +174,13 @@ class Connection:
     async def _read_some(self) -> None:
         before = self.clock()
         try:
-            data = await self._receive()
+            if (sock := self._direct) is not None:
+                await trio.lowlevel.wait_readable(sock)
+                data = sock.recv(_READ)
+            else:
+                data = await self._receive_from_stream()
+        except BlockingIOError:
+            return  # nothing was there after all
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
             await self._raise_if_ended_here()
             raise CutShort(
@@ -187,18 +193,6 @@ class Connection:
         else:
             await self._raise_if_ended_here()
             self.response.feed_eof()
-
-    async def _receive(self) -> bytes:
-        """What the upstream sends next; nothing at the end."""
-        sock = self._direct
-        if sock is None:
-            return await self._receive_from_stream()
-        while True:
-            await trio.lowlevel.wait_readable(sock)
-            try:
-                return sock.recv(_READ)
-            except BlockingIOError:
-                continue
 
     async def _receive_from_stream(self) -> bytes:
         with self._interruptible():

@@ -55,7 +55,9 @@ class Client(Protocol):
     scheme: str
     state: Message
 
-    async def write(self, data: bytes) -> None: ...
+    def write_now(self, data: bytes) -> int: ...
+
+    async def write_rest(self, data: bytes, sent: int) -> None: ...
 
     async def read_more(self) -> None: ...
 
@@ -228,10 +230,13 @@ class Exchange:
         await self._write(head + body)
 
     async def _write(self, data: bytes) -> None:
+        connection = self.connection
         try:
-            await self.connection.write(data)
+            sent = connection.write_now(data)
+            if sent < len(data):
+                await connection.write_rest(data, sent)
         except trio.BrokenResourceError:
-            self.connection.give_up()  # the same as being told that it has left
+            connection.give_up()  # the same as being told that it has left
             await trio.lowlevel.checkpoint()
 
     async def _continue(self) -> None:

@@ -295,13 +295,18 @@ class HttpConnection:
 
     async def write(self, data: bytes) -> None:
         """Raises ``trio.BrokenResourceError`` when the client is gone or takes nothing."""
-        if self._gone:
-            raise trio.BrokenResourceError("the client is gone")
-        sent = 0 if self._plain is None else self._plain.send_now(data)
+        sent = self.write_now(data)
         if sent < len(data):
-            await self._write_slowly(data, sent)
+            await self.write_rest(data, sent)
 
-    async def _write_slowly(self, data: bytes, sent: int) -> None:
+    def write_now(self, data: bytes) -> int:
+        """How much of *data* was taken without waiting; raises as :meth:`write`."""
+        if self._left or self._torn:
+            raise trio.BrokenResourceError("the client is gone")
+        return 0 if self._plain is None else self._plain.send_now(data)
+
+    async def write_rest(self, data: bytes, sent: int) -> None:
+        """The rest of *data*, of which *sent* bytes were taken; raises as :meth:`write`."""
         if not sent:
             await trio.lowlevel.checkpoint_if_cancelled()  # later, it would leave a part written
         self._torn = True

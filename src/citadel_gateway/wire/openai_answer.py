@@ -169,12 +169,12 @@ class StreamReader:
         data = event_data(event)
         if data is None:
             return EventKind.QUIET
-        if data.strip() == b"[DONE]":
-            self.done = True
-            return EventKind.DONE
         try:
             chunk = orjson.loads(data)
         except orjson.JSONDecodeError:
+            if data.strip() == b"[DONE]":
+                self.done = True
+                return EventKind.DONE
             return self._note_malformed()
         if not isinstance(chunk, dict):
             return self._note_malformed()
@@ -198,28 +198,35 @@ class StreamReader:
 
     def _read_chunk(self, chunk: dict[str, Any]) -> EventKind:
         usage = chunk.get("usage")
-        if isinstance(usage, dict):
+        if usage is not None and isinstance(usage, dict):
             self.usage = parse_usage(usage)
         choices = chunk.get("choices")
         if not isinstance(choices, list) or not choices:
             return EventKind.USAGE if usage is not None else EventKind.QUIET
-        kind = EventKind.QUIET
+        says_something = False
         for choice in choices:
             if isinstance(choice, dict) and self._read_choice(choice):
-                kind = EventKind.CONTENT
-        return kind
+                says_something = True
+        return EventKind.CONTENT if says_something else EventKind.QUIET
 
     def _read_choice(self, choice: dict[str, Any]) -> bool:
         """Whether the choice says anything."""
         index = choice.get("index", 0)
-        index = index if isinstance(index, int) else 0
+        if not isinstance(index, int):
+            index = 0
         self._seen.add(index)
-        has_content = bool(choice.get("text")) or _says_something(choice.get("delta"))
+        delta = choice.get("delta")
+        has_content = bool(choice.get("text"))
+        if isinstance(delta, dict):
+            # Anything but a role: reasoning, a tool call, whatever engines come up with.
+            for name, value in delta.items():
+                if value and name != "role":
+                    has_content = True
         self.content_events += has_content
         if choice.get("finish_reason"):  # some engines send "" with every chunk
             self._finished.add(index)
             return True
-        if has_content:
+        if has_content and index in self._finished:
             self._finished.discard(index)  # it was not the end after all
         return has_content
 
@@ -229,8 +236,3 @@ class StreamReader:
         if self._malformed_in_a_row > _MAX_MALFORMED:
             raise NotAnAnswer(f"the upstream sent {self._malformed_in_a_row} malformed events")
         return EventKind.MALFORMED
-
-
-def _says_something(delta: Any) -> bool:
-    """Anything but a role: content, reasoning, a tool call, whatever engines come up with."""
-    return isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role")

@@ -28,6 +28,8 @@ class EventSplitter:
         """
         if self._tail:
             data = self._tail + data
+        elif data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
+            return [data]  # one event as engines send it, which is nearly always
         if b"\r" in data:
             events = self._split_any(data)
         else:
