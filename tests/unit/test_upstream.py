@@ -27,6 +27,7 @@ from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.dial import Connect, Origin, make_connect
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.pool import ConnectionPool
+from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import Phase, nobody_to_hang_up_on
 from citadel_gateway.io.target import Call, Target, Timing, split_url
 from citadel_gateway.io.upstream import UpstreamClient, WholeAnswer
@@ -78,6 +79,13 @@ class Client:
 
     writes: list[tuple[float, str, bytes]] = attrs.field(factory=list)
     began: float = attrs.field(factory=trio.current_time)
+    takes_at_once: bool = False
+
+    def write_now(self, data: bytes) -> bytes:
+        return data
+
+    async def write_rest(self, rest: bytes) -> None:
+        await self._take("rest", rest)
 
     async def start(self, data: bytes) -> None:
         await self._take("start", data)
@@ -112,7 +120,7 @@ class World:
         self.engine = engine
         self.target = target
         self.pool = ConnectionPool(connect)
-        self.client = UpstreamClient(self.pool, deadlines)
+        self.client = UpstreamClient(self.pool, deadlines, Pump())
         self.notes = Notes()
         self.reader = StreamReader()
 

@@ -25,6 +25,13 @@ _EVENTS: Headers = [
 class Client(Protocol):
     """Who is answered; the headers are those that say something about the answer itself."""
 
+    @property
+    def takes_at_once(self) -> bool: ...
+
+    def write_now(self, data: bytes) -> bytes: ...
+
+    async def write_rest(self, rest: bytes) -> None: ...
+
     async def answer(self, status: int, headers: Headers, body: bytes) -> None: ...
 
     async def begin(self, status: int, headers: Headers, data: bytes) -> None: ...
@@ -37,6 +44,13 @@ class AsgiClient:
     """A client behind somebody else's server."""
 
     send: Callable[[dict[str, Any]], Awaitable[None]]
+    takes_at_once: bool = False
+
+    def write_now(self, data: bytes) -> bytes:
+        return data
+
+    async def write_rest(self, rest: bytes) -> None:
+        await self.write(rest)
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         headers = [*headers, (b"content-length", b"%d" % len(body))]
@@ -88,6 +102,18 @@ class ClientResponse:
     async def write(self, data: bytes) -> None:
         self.record.bytes_out += len(data)
         await self.client.write(data)
+
+    @property
+    def takes_at_once(self) -> bool:
+        return self.client.takes_at_once
+
+    def write_now(self, data: bytes) -> bytes:
+        self.record.bytes_out += len(data)
+        return self.client.write_now(data)
+
+    async def write_rest(self, rest: bytes) -> None:
+        if rest:
+            await self.client.write_rest(rest)
 
     async def finish(self, data: bytes) -> None:
         self.ending = True

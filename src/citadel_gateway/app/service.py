@@ -33,6 +33,7 @@ from citadel_gateway.io.health_monitoring import check_all
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.metrics import Levels, Metrics
 from citadel_gateway.io.pool import ConnectionPool
+from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
@@ -73,6 +74,7 @@ class UnifiedAPIGatewayService:
         rng = rng or random.Random()
         self.log = log or JsonLog()
         self.deadlines = Deadlines()
+        self.pump = Pump()
         self.log.level = logging.getLevelName(self.config.monitoring.log_level.value)
         self.draining = trio.Event()
         self._cutting = False
@@ -96,7 +98,7 @@ class UnifiedAPIGatewayService:
         self.orchestrator = GatewayOrchestrator(
             balancer=self.balancer,
             admission=self.admission,
-            client=UpstreamClient(self.pool, self.deadlines),
+            client=UpstreamClient(self.pool, self.deadlines, self.pump),
             metrics=self.metrics,
             suspect=lambda endpoint: self._checkers[endpoint].suspect(),
         )
@@ -241,6 +243,7 @@ class UnifiedAPIGatewayService:
             "breaker timers": self._run_breaker_timers,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
+            "pump": self.pump.run,
         }
 
     async def _run_upkeep(self) -> None:

@@ -55,6 +55,7 @@ class Connection:
     _sent: bool = attrs.field(default=False, init=False)
     _hung_up: bool = attrs.field(default=False, init=False)
     _mistake: BadResponse | None = attrs.field(default=None, init=False)
+    _ended: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._raw = self.stream.extra(SocketAttribute.raw_socket, None)
@@ -118,6 +119,39 @@ class Connection:
                 await self._read_some()
             except BadResponse as exc:
                 self._mistake = exc  # raised behind what came before it in the same read
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """The socket that :meth:`read_now` reads; ``None`` where it cannot be used."""
+        return self._direct
+
+    @property
+    def is_flowing(self) -> bool:
+        """More of the body is to be expected, and nothing stands in its way."""
+        return not (self._ended or self.response.complete or self._mistake is not None)
+
+    def read_now(self) -> bytes:
+        """Some of the body, if there is some, without waiting.
+
+        Once :attr:`is_flowing` is false, :meth:`read_body` tells why.
+        """
+        if self._direct is None:
+            return b""
+        try:
+            data = self._direct.recv(_READ)
+            if data:
+                self.response.feed(data)
+            else:
+                self._ended = True
+        except BlockingIOError:
+            return b""
+        except BadResponse as exc:
+            self._mistake = exc
+        except OSError:
+            self._ended = True
+            if not (self._hung_up or self._interrupted):
+                self._mistake = CutShort("the upstream reset the connection", started=True)
+        return self.response.take_body()
 
     def is_reusable(self) -> bool:
         """Whether another request may follow, as far as the last one tells."""

@@ -299,6 +299,11 @@ class HttpConnection:
         if sent < len(data):
             await self.write_rest(data, sent)
 
+    @property
+    def takes_at_once(self) -> bool:
+        """Whether :meth:`write_now` may do anything at all."""
+        return self._plain is not None
+
     def write_now(self, data: bytes) -> int:
         """How much of *data* was taken without waiting; raises as :meth:`write`."""
         if self._left or self._torn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import attrs
@@ -10,6 +11,7 @@ import trio
 
 from citadel_gateway.io.attempt import MAX_ERROR_BODY, Attempt, read_all
 from citadel_gateway.io.connection import Connection
+from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import Phase
 from citadel_gateway.wire.headers import first
 from citadel_gateway.wire.http1_response import BadResponse, CutShort
@@ -29,6 +31,17 @@ _AFTER_DONE = 0.05  # for the end of a body whose last event was already here
 
 class Sink(Protocol):
     """Where a stream goes: the client, or whoever stands in for it."""
+
+    @property
+    def takes_at_once(self) -> bool:
+        """Whether :meth:`write_now` is of use."""
+        ...
+
+    def write_now(self, data: bytes) -> bytes:
+        """Send what can be sent without waiting; returns the rest, for :meth:`write_rest`."""
+        ...
+
+    async def write_rest(self, rest: bytes) -> None: ...
 
     async def start(self, data: bytes) -> None:
         """Commit the answer: send the head and the first events."""
@@ -51,11 +64,14 @@ class StreamRelay:
     attempt: Attempt
     sink: Sink
     reader: StreamReader
+    pump: Pump
     _splitter: EventSplitter = attrs.field(factory=EventSplitter, init=False)
     _has_content: bool = attrs.field(default=False, init=False)
     _held: list[bytes] = attrs.field(factory=list, init=False)
     _held_bytes: int = attrs.field(default=0, init=False)
     _held_events: int = attrs.field(default=0, init=False)
+    _error: Exception | None = attrs.field(default=None, init=False)
+    _unsent: bytes = attrs.field(default=b"", init=False)
 
     async def run(self, connection: Connection) -> None:
         """Relay until the answer is whole; raises what the upstream did wrong."""
@@ -63,14 +79,15 @@ class StreamRelay:
         attempt, reader = self.attempt, self.reader
         attempt.expect_first_token()
         while data := await connection.read_body():
-            error = self._take_in(self._splitter.feed(data))
-            if reader.done:
-                break
-            if self._has_content:
+            self._error = self._take_in(self._splitter.feed(data))
+            if self._has_content and not reader.done:
                 await self._flush(connection)
                 attempt.expect_more()
-            if error is not None:
-                raise error
+                await self._be_carried(connection)
+            if reader.done:
+                break
+            if self._error is not None:
+                raise self._error
         else:
             self._take_in_rest()
         if not reader.is_whole:
@@ -79,6 +96,36 @@ class StreamRelay:
             raise CutShort("the upstream ended the stream before its answer did", started=True)
         await self._finish(connection)
         await _read_to_end(connection)
+
+    async def _be_carried(self, connection: Connection) -> None:
+        """Let the pump move chunks for as long as that is all there is to do."""
+        sock = connection.socket
+        if sock is None or not self.sink.takes_at_once:
+            return
+        attempt = self.attempt
+        while self._error is None and not self.reader.done and connection.is_flowing:
+            attempt.begin_wait()
+            await self.pump.carry(sock, partial(self._step, connection))
+            attempt.end_wait()
+            if self._unsent or self._held:
+                attempt.stop_clock()
+                rest, self._unsent = self._unsent, b""
+                await self.sink.write_rest(rest)
+                await self._flush(connection)
+                attempt.expect_more()
+
+    def _step(self, connection: Connection) -> bool:
+        """Relay what has arrived; false when that was not all there is to do."""
+        if data := connection.read_now():
+            self._error = self._take_in(self._splitter.feed(data))
+            if self._error is not None or self.reader.done:
+                return False
+            if self._held:
+                self._unsent = self.sink.write_now(self._take_out())
+                if self._unsent:
+                    return False
+            self.attempt.expect_more()
+        return connection.is_flowing
 
     def _take_in(self, events: list[bytes]) -> Exception | None:
         """Hold events back for the next write; returns the error that one of them is, if any."""
@@ -121,9 +168,7 @@ class StreamRelay:
     async def _flush(self, connection: Connection) -> None:
         attempt = self.attempt
         attempt.stop_clock()
-        data = b"".join(self._held)
-        self._held.clear()
-        self._held_bytes = self._held_events = 0
+        data = self._take_out()
         if not attempt.committed:
             attempt.committed = True
             attempt.note_wait(connection)
@@ -131,6 +176,13 @@ class StreamRelay:
             await self.sink.start(data)
         elif data:
             await self.sink.write(data)
+
+    def _take_out(self) -> bytes:
+        """What was held back until now."""
+        data = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        self._held.clear()
+        self._held_bytes = self._held_events = 0
+        return data
 
     async def _finish(self, connection: Connection) -> None:
         self._held.append(DONE)

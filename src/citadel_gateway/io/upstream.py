@@ -12,6 +12,7 @@ from citadel_gateway.io.attempt import Attempt, Progress, read_all
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.pool import ConnectionPool
+from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.stream_relay import Sink, StreamRelay
 from citadel_gateway.io.target import Call, Target, Timing
 from citadel_gateway.wire.openai_answer import StreamReader, Usage, check_whole_answer
@@ -31,6 +32,7 @@ class UpstreamClient:
 
     pool: ConnectionPool
     deadlines: Deadlines
+    pump: Pump
 
     async def ask(
         self, target: Target, call: Call, timing: Timing, progress: Progress
@@ -59,4 +61,4 @@ class UpstreamClient:
         Raises :class:`UpstreamFailure`; once that is ``committed``, the stream was cut.
         """
         attempt = Attempt(self.pool, self.deadlines, target, call, timing, progress)
-        await attempt.run(StreamRelay(attempt, sink, reader).run)
+        await attempt.run(StreamRelay(attempt, sink, reader, self.pump).run)

@@ -1,0 +1,135 @@
+"""Moving the chunks of streams that are under way, without waking their tasks.
+
+A stream in full flow needs no decisions: a chunk comes in, is looked at, and goes out.  Waking its
+task for that costs more than the work, so the task sleeps in :meth:`Pump.carry`, and its *step* is
+called when its socket is readable.  The task is woken when there is something to decide or to wait
+for.  It stays the owner of everything: cancelling it ends the carrying like any other wait.
+
+On Linux the steps are called where Trio would wait for I/O: the pump waits for the streams' sockets
+and for Trio's own events at once, and returns to Trio as soon as there is anything for it to do.
+That takes Trio's epoll descriptor, which it does not publish.  Where that is not to be had, a task
+waits for the sockets in the ordinary way, and all else is the same.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import attrs
+import outcome
+import trio
+
+_MOST = 256  # events taken at once
+_LONGEST = 3600.0
+
+
+@attrs.define(eq=False)
+class _Flow:
+    step: Callable[[], bool]
+    task: trio.lowlevel.Task
+
+
+@attrs.define(eq=False)
+class Pump(trio.abc.Instrument):
+    """One for each event loop; :meth:`run` must be running.
+
+    :param in_place: call steps where Trio would wait; else from :meth:`run`.
+    """
+
+    in_place: bool = True
+    _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
+    _flows: dict[int, _Flow] = attrs.field(factory=dict, init=False)
+    _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
+    _trio: int = attrs.field(default=-1, init=False)  # Trio's own descriptor, while it is watched
+
+    @property
+    def flows(self) -> int:
+        """How many streams are carried."""
+        return len(self._flows)
+
+    async def run(self) -> NoReturn:
+        """Call the steps of those streams that nobody else calls."""
+        trio_epoll = _find_trio_epoll() if self.in_place else -1
+        if trio_epoll >= 0:
+            self._token = trio.lowlevel.current_trio_token()
+            self._trio = trio_epoll
+            self._epoll.register(trio_epoll, select.EPOLLIN)
+            trio.lowlevel.add_instrument(self)
+            try:
+                await trio.sleep_forever()
+            finally:
+                trio.lowlevel.remove_instrument(self)
+                self._epoll.unregister(trio_epoll)
+                self._trio = -1
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            self._take_turns(0.0)
+
+    async def carry(self, sock: socket.socket, step: Callable[[], bool]) -> None:
+        """Call *step* whenever *sock* is readable, until it returns false.
+
+        Raises what *step* raises.  Nobody else may wait for *sock* meanwhile.
+        """
+        descriptor = sock.fileno()
+        self._flows[descriptor] = _Flow(step, trio.lowlevel.current_task())
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._drop(descriptor)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Trio is about to wait for *timeout* seconds."""
+        if not self._flows:
+            return
+        until = time.perf_counter() + min(timeout, _LONGEST)
+        while not self._take_turns(max(0.0, until - time.perf_counter())):
+            if time.perf_counter() >= until:
+                return
+
+    def _take_turns(self, timeout: float) -> bool:
+        """Wait for something to happen; true if it is something for Trio."""
+        is_for_trio = False
+        for descriptor, _ in self._epoll.poll(timeout, _MOST):
+            flow = self._flows.get(descriptor)
+            if flow is None:
+                is_for_trio = is_for_trio or descriptor == self._trio
+                continue
+            try:
+                if flow.step():
+                    continue
+                result: outcome.Outcome[None] = outcome.Value(None)
+            except Exception as exc:  # belongs to whoever is carried
+                result = outcome.Error(exc)
+            self._drop(descriptor)
+            trio.lowlevel.reschedule(flow.task, result)
+            is_for_trio = True
+            if self._token is not None:
+                # Trio has decided how long it sleeps, and does not know of the task yet.
+                self._token.run_sync_soon(_nothing, idempotent=True)
+        return is_for_trio or not self._flows
+
+    def _drop(self, descriptor: int) -> None:
+        del self._flows[descriptor]
+        self._epoll.unregister(descriptor)
+
+
+def _nothing() -> None:
+    """What Trio is woken for."""
+
+
+def _find_trio_epoll() -> int:
+    """The descriptor on which Trio waits, or -1."""
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+
+        descriptor = GLOBAL_RUN_CONTEXT.runner.io_manager._epoll.fileno()
+    except (ImportError, AttributeError):
+        return -1
+    return descriptor if isinstance(descriptor, int) else -1
