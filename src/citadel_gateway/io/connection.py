@@ -122,7 +122,7 @@ class Connection:
 
     @property
     def socket(self) -> socket.socket | None:
-        """The socket that :meth:`read_now` reads; ``None`` where it cannot be used."""
+        """The socket that :meth:`receive_now` reads; ``None`` where it cannot be used."""
         return self._direct
 
     @property
@@ -130,8 +130,8 @@ class Connection:
         """More of the body is to be expected, and nothing stands in its way."""
         return not (self._ended or self.response.complete or self._mistake is not None)
 
-    def read_now(self) -> bytes:
-        """Some of the body, if there is some, without waiting.
+    def receive_now(self) -> bytes:
+        """Bytes of the response, if some have arrived, for :meth:`take_in`.
 
         Once :attr:`is_flowing` is false, :meth:`read_body` tells why.
         """
@@ -139,18 +139,21 @@ class Connection:
             return b""
         try:
             data = self._direct.recv(_READ)
-            if data:
-                self.response.feed(data)
-            else:
-                self._ended = True
         except BlockingIOError:
             return b""
-        except BadResponse as exc:
-            self._mistake = exc
         except OSError:
-            self._ended = True
+            data = b""
             if not (self._hung_up or self._interrupted):
                 self._mistake = CutShort("the upstream reset the connection", started=True)
+        self._ended = not data
+        return data
+
+    def take_in(self, data: bytes) -> bytes:
+        """What :meth:`receive_now` has returned; returns what of the body is in it."""
+        try:
+            self.response.feed(data)
+        except BadResponse as exc:
+            self._mistake = exc
         return self.response.take_body()
 
     def is_reusable(self) -> bool:

@@ -116,16 +116,21 @@ class StreamRelay:
 
     def _step(self, connection: Connection) -> bool:
         """Relay what has arrived; false when that was not all there is to do."""
-        if data := connection.read_now():
-            self._error = self._take_in(self._splitter.feed(data))
+        data = connection.receive_now()
+        if not data:
+            return connection.is_flowing
+        if self._splitter.is_empty and self.reader.knows(
+            event := connection.response.whole_chunk(data)
+        ):
+            self._unsent = self.sink.write_now(event)
+        else:
+            self._error = self._take_in(self._splitter.feed(connection.take_in(data)))
             if self._error is not None or self.reader.done:
                 return False
             if self._held:
                 self._unsent = self.sink.write_now(self._take_out())
-                if self._unsent:
-                    return False
-            self.attempt.expect_more()
-        return connection.is_flowing
+        self.attempt.expect_more()
+        return not self._unsent and connection.is_flowing
 
     def _take_in(self, events: list[bytes]) -> Exception | None:
         """Hold events back for the next write; returns the error that one of them is, if any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 
 import attrs
@@ -11,6 +12,7 @@ from citadel_gateway.wire.headers import Headers, first, values
 
 MAX_HEAD = 64 * 1024
 MAX_INFORMATIONAL = 8
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
 
 _STATUS_LINES = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode())
@@ -53,6 +55,7 @@ class ResponseParser:
     _pending: int = attrs.field(default=0, init=False)  # fed since the last bit of body
     _informational: int = attrs.field(default=0, init=False)
     _until_close: bool = attrs.field(default=False, init=False)
+    _chunk_ended: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
@@ -81,10 +84,22 @@ class ResponseParser:
                 self.surplus = True  # what follows the response is not our business, nor parsed
                 return
             raise self._error or BadResponse(f"not a valid HTTP response: {exc}") from None
+        self._chunk_ended = self._chunk_ended and data.endswith(b"\r\n")
         if self._pending > MAX_HEAD and not self._is_complete():
             # An endless header or trailer is accumulated inside the parser: count what went in.
             where = "trailer" if self.head_complete else "head"
             raise BadResponse(f"the response {where} is larger than {MAX_HEAD} bytes")
+
+    def whole_chunk(self, data: bytes) -> bytes:
+        """The content of *data* if it is one whole chunk, as nearly all reads of a stream are.
+
+        It must not be fed then: the parser stands between two chunks, before and after.
+        """
+        if self._chunk_ended and (size := _CHUNK_SIZE.match(data)) is not None:
+            start = size.end()
+            if len(data) == start + int(size[1], 16) + 2 and data.endswith(b"\r\n"):
+                return data[start:-2]
+        return b""
 
     def feed_eof(self) -> None:
         """The upstream closed the connection; that ends a body without framing."""
@@ -150,7 +165,14 @@ class ResponseParser:
         if not self.surplus and not self._bodiless:
             self._body.append(body)
 
+    def on_chunk_header(self) -> None:
+        self._chunk_ended = False
+
+    def on_chunk_complete(self) -> None:
+        self._chunk_ended = True
+
     def on_message_complete(self) -> None:
+        self._chunk_ended = False
         if self.head_complete:
             self.complete = True
 

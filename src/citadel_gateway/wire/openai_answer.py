@@ -13,6 +13,7 @@ import attrs
 import orjson
 
 from citadel_gateway.errors import error_body
+from citadel_gateway.wire.likeness import Likeness
 from citadel_gateway.wire.openai_request import Kind
 from citadel_gateway.wire.sse import event_data
 
@@ -163,6 +164,14 @@ class StreamReader:
     _seen: set[int] = attrs.field(factory=set, init=False)
     _finished: set[int] = attrs.field(factory=set, init=False)
     _malformed_in_a_row: int = attrs.field(default=0, init=False)
+    _likeness: Likeness = attrs.field(factory=Likeness, init=False)
+
+    def knows(self, event: bytes) -> bool:
+        """Whether *event* is one more like the last, with content; if so, it has been read."""
+        if self._likeness.has(event):
+            self.content_events += 1
+            return True
+        return False
 
     def read(self, event: bytes) -> EventKind:
         """Raises :class:`EngineError` for an error event, :class:`NotAnAnswer` for nonsense."""
@@ -181,7 +190,12 @@ class StreamReader:
         self._malformed_in_a_row = 0
         if is_error(chunk):
             raise parse_error(502, data)
-        return self._read_chunk(chunk)
+        kind = self._read_chunk(chunk)
+        if kind is EventKind.CONTENT and _only_adds_text(chunk):
+            self._likeness.learn(event)
+        else:
+            self._likeness.forget()
+        return kind
 
     @property
     def is_whole(self) -> bool:
@@ -236,3 +250,12 @@ class StreamReader:
         if self._malformed_in_a_row > _MAX_MALFORMED:
             raise NotAnAnswer(f"the upstream sent {self._malformed_in_a_row} malformed events")
         return EventKind.MALFORMED
+
+
+def _only_adds_text(chunk: dict[str, Any]) -> bool:
+    choices = chunk["choices"]
+    return (
+        len(choices) == 1
+        and not choices[0].get("finish_reason")
+        and not isinstance(chunk.get("usage"), dict)
+    )

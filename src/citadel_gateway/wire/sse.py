@@ -21,6 +21,11 @@ class EventSplitter:
 
     _tail: bytes = attrs.field(default=b"", init=False)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held back."""
+        return not self._tail
+
     def feed(self, data: bytes) -> list[bytes]:
         """The events that *data* completes, each with the blank line that ends it.
 
