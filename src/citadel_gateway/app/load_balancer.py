@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import attrs
 import httpx
@@ -20,7 +21,9 @@ from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.health_tracker import HealthTracker
-from citadel_gateway.policy.selection import Picker, Shares, cost_shares, make_picker
+from citadel_gateway.policy.picker import Picker
+from citadel_gateway.policy.roster import Roster
+from citadel_gateway.policy.selection import Share, evenly, make_picker, share_by_cost
 from citadel_gateway.policy.waitroom import Choice, Nobody
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
 
@@ -66,27 +69,44 @@ class Group:
     """Endpoints that would do equally well, and whose turn it is among them."""
 
     name: str
-    upstreams: dict[Endpoint, Upstream]
+    models: tuple[Model, ...]
     picker: Picker
-    shares: Shares = attrs.field(factory=dict)
+    share: Share = evenly
+    upstreams: dict[Endpoint, Upstream] = attrs.field(factory=dict, init=False)
+    _roster: Roster = attrs.field(init=False)
 
-    def choose(self, tried: frozenset[Endpoint], now: float) -> Choice:
+    def __attrs_post_init__(self) -> None:
+        self._roster = Roster(self.picker)
+        self.add([upstream for model in self.models for upstream in model.upstreams])
+
+    def add(self, upstreams: Sequence[Upstream]) -> None:
+        self.upstreams |= {upstream.endpoint: upstream for upstream in upstreams}
+        self._roster.add(upstream.endpoint for upstream in upstreams)
+
+    def retire(self, upstream: Upstream) -> None:
+        """Give it nothing new; who is with it already still finds it here."""
+        self._roster.remove(upstream.endpoint)
+
+    def forget(self, upstream: Upstream) -> None:
+        self.upstreams.pop(upstream.endpoint, None)
+
+    def choose(self, tried: Container[Endpoint], now: float) -> Choice:
         """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
-        free, full = [], False
-        for endpoint in self.upstreams:
-            if endpoint in tried or not endpoint.is_available(now):
-                continue
-            if endpoint.has_room():
-                free.append(endpoint)
-            else:
-                full = True
-        if free:
-            return self.picker.pick(free, self.shares)
-        return None if full else Nobody(self.next_chance(now))
+        endpoint = self._roster.choose(tried, now)
+        if endpoint is not None:
+            return endpoint
+        if self._roster.is_any_full(tried, now):
+            return None
+        return Nobody(self.next_chance(now))
+
+    def preview(self, now: float) -> Endpoint | None:
+        """Who would be chosen now, asked of a copy, so that nobody's turn is used up."""
+        shared = {id(endpoint): endpoint for endpoint in self.upstreams}
+        return copy.deepcopy(self._roster, shared).choose((), now)
 
     def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether an endpoint that was not *tried* is available, with room or without."""
-        return any(e not in tried and e.is_available(now) for e in self.upstreams)
+        return self._roster.is_any_left(tried, now)
 
     def next_chance(self, now: float) -> float:
         """Seconds until an endpoint may be available again, as far as can be known."""
@@ -247,16 +267,15 @@ class LoadBalancer:
         key = tuple(model.id for model in models)
         group = self._auto_groups.get(key)
         if group is None:
-            group = self._auto_groups[key] = self._make_group(AUTO, models)
+            share: Share = evenly
             if self.config.gateway.cost_optimization_enabled:
-                group.shares = cost_shares(list(group.upstreams))
+                share = share_by_cost(_cost(model.config) for model in models)
+            group = self._auto_groups[key] = self._make_group(AUTO, models, share)
         return group
 
-    def _make_group(self, name: str, models: list[Model]) -> Group:
-        upstreams = {u.endpoint: u for model in models for u in model.upstreams}
-        return Group(
-            name, upstreams, make_picker(self.config.load_balancer.algorithm.value, self._rng)
-        )
+    def _make_group(self, name: str, models: list[Model], share: Share = evenly) -> Group:
+        algorithm = self.config.load_balancer.algorithm.value
+        return Group(name, tuple(models), make_picker(algorithm, self._rng, share), share)
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:
         balancing = self.config.load_balancer
@@ -277,7 +296,6 @@ def _make_upstreams(
         window=balancing.circuit_breaker_window,
         min_requests=balancing.circuit_breaker_min_requests,
     )
-    cost = model.cost_per_request if model.cost_per_request is not None else model.cost_per_hour
     upstreams = []
     for config in model.all_endpoints():
         endpoint = Endpoint(
@@ -285,7 +303,7 @@ def _make_upstreams(
             url=config.url,
             weight=config.weight or model.weight,
             max_concurrent=config.max_concurrent or model.max_concurrent,
-            cost=cost,
+            cost=_cost(model),
             breaker=CircuitBreaker(policy, jitter),
             health=HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after),
         )
@@ -298,6 +316,10 @@ def _make_upstreams(
             )
         )
     return upstreams
+
+
+def _cost(model: ModelConfig) -> float | None:
+    return model.cost_per_hour if model.cost_per_request is None else model.cost_per_request
 
 
 def _cannot_answer(model: str, kind: Kind) -> GatewayError:

@@ -111,7 +111,7 @@ class HealthChecker:
             error = await ask(self.client, self.probe, self.within)
         except NothingLearnt:
             return
-        if self.endpoint.health.observe(error, trio.current_time()):
+        if self.endpoint.probed(error, trio.current_time()):
             self.on_flip(self.endpoint)
 
     async def watch(self) -> NoReturn:
