@@ -412,7 +412,8 @@ def test_problems_of_a_file_have_their_lines(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{path}: 4 problems\n"
         "  service.prot: unknown option; did you mean 'port'? (line 8)\n"
-        "  models.m.endpoints[0].url: 'x' does not begin with http:// or https:// (line 5)\n"
+        "  models.m.endpoints[0].url: "
+        "'x' does not begin with http://, https:// or unix:/ (line 5)\n"
         "  models.m.endpoints[1].url: is required (line 6)\n"
         "  models.m.weight: -1 is not a number above zero (line 3)"
     )
@@ -541,7 +542,7 @@ def test_a_model_without_an_endpoint_may_get_it_from_its_variable() -> None:
         ("RATE_LIMIT_RPS", "1e999", "inf is not a number above zero"),
         ("RATE_LIMITING_ENABLED", "maybe", "'maybe' is not true or false"),
         ("DEFAULT_MODEL", "herms", "'herms' is not a model; did you mean 'hermes'?"),
-        ("HERMES_ENDPOINT", "gpu", "'gpu' does not begin with http:// or https://"),
+        ("HERMES_ENDPOINT", "gpu", "'gpu' does not begin with http://, https:// or unix:/"),
     ],
 )
 def test_a_wrong_variable_is_reported_by_its_name(variable: str, text: str, message: str) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 
 import attrs
 import httpx
 import trio
 
 from citadel_gateway.config.flat import AnyConfig, as_schema
-from citadel_gateway.config.schema import LoadBalancerConfig, ModelConfig
-from citadel_gateway.config.values import Capability
+from citadel_gateway.config.schema import EndpointConfig, ModelConfig
+from citadel_gateway.config.values import Capability, Resolve
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
+from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
-from citadel_gateway.io.target import Target
+from citadel_gateway.io.resolver import Resolver, is_address
+from citadel_gateway.io.target import Target, split_url
 from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
@@ -46,7 +49,7 @@ class Model:
 
     id: str
     config: ModelConfig
-    upstreams: tuple[Upstream, ...]
+    upstreams: list[Upstream]
 
     def can_answer(self, request: InferenceRequest) -> bool:
         return _CAPABILITY[request.kind] in self.config.capabilities
@@ -55,6 +58,17 @@ class Model:
         """Whether prompt and answer fit its context, as far as can be told without a tokenizer."""
         window = self.config.context_window
         return window is None or request.prompt_tokens + (request.max_tokens or 1) <= window
+
+
+@attrs.define(eq=False)
+class Source:
+    """A name in the configuration each of whose addresses is an endpoint of its own."""
+
+    model: Model
+    config: EndpointConfig
+    origin: Origin
+    serving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
+    leaving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
 
 
 _CAPABILITY = {
@@ -131,11 +145,20 @@ class LoadBalancer:
     """Knows every model and endpoint, and picks.
 
     :param rng: for random choices and jitter; seed it to repeat a run.
+    :param resolver: knows the addresses of names.
     """
 
-    def __init__(self, config: AnyConfig, *, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        config: AnyConfig,
+        *,
+        rng: random.Random | None = None,
+        resolver: Resolver | None = None,
+    ) -> None:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
+        self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
+        self.sources: list[Source] = []
         self.models = {
             str(name): self._make_model(name, model) for name, model in config.models.items()
         }
@@ -153,6 +176,64 @@ class LoadBalancer:
     def upstreams(self) -> list[Upstream]:
         return [upstream for model in self.models.values() for upstream in model.upstreams]
 
+    @property
+    def leaving(self) -> list[Upstream]:
+        """Those that get nothing new, and still have requests."""
+        return [upstream for source in self.sources for upstream in source.leaving.values()]
+
+    async def discover(self) -> None:
+        """Look up every name whose addresses are endpoints; those that fail stay as they are."""
+        async with trio.open_nursery() as nursery:
+            for source in self.sources:
+                nursery.start_soon(self._discover, source)
+
+    async def _discover(self, source: Source) -> None:
+        with suppress(OSError):
+            await self.resolver.addresses(source.origin.host)
+            self.update(source)
+
+    def update(self, source: Source) -> tuple[list[Upstream], list[Upstream]]:
+        """Let *source* have an endpoint for each address that is known of its name.
+
+        Returns those that are new, and those that get nothing from now on.
+        """
+        addresses = self.resolver.known(source.origin.host)
+        gone = [source.serving.pop(a) for a in list(source.serving) if a not in addresses]
+        new = []
+        for address in addresses:
+            if address not in source.serving:
+                upstream = source.leaving.pop(address, None) or self._make_upstream(source, address)
+                upstream.endpoint.health = self._unknown_health()  # to be probed before it is used
+                source.serving[address] = upstream
+                new.append(upstream)
+        for upstream in gone:
+            self._retire(source, upstream)
+        model = source.model
+        model.upstreams += new
+        for group in self._groups_of(model):
+            group.add(new)
+        return new, gone
+
+    def _retire(self, source: Source, upstream: Upstream) -> None:
+        endpoint, address = upstream.endpoint, upstream.target.origin.address or ""
+        source.model.upstreams.remove(upstream)
+        source.leaving[address] = upstream
+        for group in self._groups_of(source.model):
+            group.retire(upstream)
+
+        def forget_when_idle(_: Endpoint) -> None:
+            if endpoint.in_flight == 0 and source.leaving.get(address) is upstream:
+                del source.leaving[address]
+                for group in self._groups_of(source.model):
+                    group.forget(upstream)
+
+        endpoint.watchers.append(forget_when_idle)
+        forget_when_idle(endpoint)
+
+    def _groups_of(self, model: Model) -> list[Group]:
+        every = (*self._groups.values(), *self._auto_groups.values())
+        return [group for group in every if model in group.models]
+
     def resolve(self, name: str) -> Model | None:
         """The model called *name*, by its own name or by an alias."""
         return self.models.get(self._aliases.get(name, name))
@@ -165,33 +246,33 @@ class LoadBalancer:
 
     async def _probe_and_list(self) -> list[str]:
         async with make_probe_client() as client:
-            await self.probe_once(self.make_checkers(client))
+            await self.probe_once(client)
         return self.available_models(trio.current_time())
 
-    async def probe_once(self, checkers: Mapping[Endpoint, HealthChecker]) -> None:
+    async def probe_once(self, client: httpx.AsyncClient) -> None:
         """One round of probes, as long as they may take."""
         longest = self.config.load_balancer.health_check_timeout + 1
-        await check_all(list(checkers.values()), longest)
+        with trio.move_on_after(longest):
+            await self.discover()
+        await check_all([self.make_checker(u, client) for u in self.upstreams], longest)
 
-    def make_checkers(
+    def make_checker(
         self,
+        upstream: Upstream,
         client: httpx.AsyncClient,
         on_flip: Callable[[Endpoint], None] = lambda _: None,
-    ) -> dict[Endpoint, HealthChecker]:
-        """A health checker for every endpoint; *on_flip* is told when one changes its mind."""
+    ) -> HealthChecker:
+        """Watches one endpoint; *on_flip* is told when it becomes well or ill."""
         balancing = self.config.load_balancer
-        return {
-            upstream.endpoint: HealthChecker(
-                endpoint=upstream.endpoint,
-                probe=upstream.probe,
-                client=client,
-                every=balancing.health_check_interval,
-                within=balancing.health_check_timeout,
-                on_flip=on_flip,
-                jitter=self._rng.random,
-            )
-            for upstream in self.upstreams
-        }
+        return HealthChecker(
+            endpoint=upstream.endpoint,
+            probe=upstream.probe,
+            client=client,
+            every=balancing.health_check_interval,
+            within=balancing.health_check_timeout,
+            on_flip=on_flip,
+            jitter=self._rng.random,
+        )
 
     def available_models(self, now: float) -> list[str]:
         """Models of which at least one endpoint would be given a request."""
@@ -278,44 +359,55 @@ class LoadBalancer:
         return Group(name, tuple(models), make_picker(algorithm, self._rng, share), share)
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:
-        balancing = self.config.load_balancer
-        jitter = self._rng.random
-        return Model(name, config, tuple(_make_upstreams(name, config, balancing, jitter)))
+        model = Model(name, config, [])
+        for endpoint in config.all_endpoints():
+            origin, _ = split_url(endpoint.url)
+            if origin.scheme == "https":
+                origin = attrs.evolve(origin, tls=endpoint.tls)
+            source = Source(model, endpoint, origin)
+            if (
+                endpoint.resolve is Resolve.EACH
+                and not origin.socket
+                and not is_address(origin.host)
+            ):
+                self.sources.append(source)
+            else:
+                model.upstreams.append(self._make_upstream(source))
+        return model
 
-
-def _make_upstreams(
-    name: str,
-    model: ModelConfig,
-    balancing: LoadBalancerConfig,
-    jitter: Callable[[], float],
-) -> list[Upstream]:
-    policy = BreakerPolicy(
-        threshold=balancing.circuit_breaker_threshold,
-        rest=balancing.circuit_breaker_timeout,
-        failure_ratio=balancing.circuit_breaker_failure_ratio,
-        window=balancing.circuit_breaker_window,
-        min_requests=balancing.circuit_breaker_min_requests,
-    )
-    upstreams = []
-    for config in model.all_endpoints():
+    def _make_upstream(self, source: Source, address: str | None = None) -> Upstream:
+        """The endpoint of *source*, or the one at *address*."""
+        model, config = source.model, source.config
+        origin = attrs.evolve(source.origin, address=address)
+        engine = config.engine or model.config.engine
         endpoint = Endpoint(
-            model=name,
-            url=config.url,
-            weight=config.weight or model.weight,
-            max_concurrent=config.max_concurrent or model.max_concurrent,
-            cost=_cost(model),
-            breaker=CircuitBreaker(policy, jitter),
-            health=HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after),
+            model=model.id,
+            url=config.url if address is None else f"{config.url} [{address}]",
+            weight=config.weight or model.config.weight,
+            max_concurrent=config.max_concurrent or model.config.max_concurrent,
+            cost=_cost(model.config),
+            breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
+            health=self._unknown_health(),
         )
-        engine = config.engine or model.engine
-        upstreams.append(
-            Upstream(
-                endpoint=endpoint,
-                target=Target.of(config.url, config.api_key),
-                probe=Probe.of(config.url, engine.value, config.api_key),
-            )
+        return Upstream(
+            endpoint=endpoint,
+            target=Target.of(config.url, config.api_key, origin),
+            probe=Probe.of(config.url, engine.value, config.api_key, origin),
         )
-    return upstreams
+
+    def _breaker_policy(self) -> BreakerPolicy:
+        balancing = self.config.load_balancer
+        return BreakerPolicy(
+            threshold=balancing.circuit_breaker_threshold,
+            rest=balancing.circuit_breaker_timeout,
+            failure_ratio=balancing.circuit_breaker_failure_ratio,
+            window=balancing.circuit_breaker_window,
+            min_requests=balancing.circuit_breaker_min_requests,
+        )
+
+    def _unknown_health(self) -> HealthTracker:
+        balancing = self.config.load_balancer
+        return HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after)
 
 
 def _cost(model: ModelConfig) -> float | None:
