@@ -258,6 +258,8 @@ class UnifiedAPIGatewayService:
             self.admission.pump()
             if trio.current_time() >= forget_at:
                 self.doorkeeper.limiter.forget_full(trio.current_time())
+                known = {endpoint.url for endpoint in self._levels().endpoints}
+                self.metrics.forget_absent(known, trio.current_time())
                 forget_at += _FORGET
 
     async def _run_breaker_timers(self) -> None:
