@@ -75,8 +75,10 @@ class Watch:
                 await self._news.wait()
 
     def _add(self, upstream: Upstream) -> HealthChecker:
-        checker = self.balancer.make_checker(upstream, self.client, self.on_flip)
-        self._checkers[upstream.endpoint] = checker
+        checker = self._checkers.get(upstream.endpoint)
+        if checker is None:
+            checker = self.balancer.make_checker(upstream, self.client, self.on_flip)
+            self._checkers[upstream.endpoint] = checker
         return checker
 
     def _remove(self, endpoint: Endpoint) -> None:

@@ -110,7 +110,10 @@ class _View:
         self, name: str, doc: str, label_names: Sequence[str], bounds: Sequence[float]
     ) -> None:
         self.name, self.doc, self._label_names = name, doc, label_names
-        self._edges = [floatToGoString(bound) for bound in (*bounds, math.inf)]
+        self._edges: list[str] = [
+            floatToGoString(bound)  # type: ignore[no-untyped-call]
+            for bound in (*bounds, math.inf)
+        ]
         self._prefixes: dict[tuple[str, ...], list[str]] = {}
 
     def text(self, values: tuple[str, ...], child: Distribution) -> str:
