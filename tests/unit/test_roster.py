@@ -82,6 +82,42 @@ def test_it_comes_back_at_the_very_moment_at_which_its_rest_ends(algorithm: str)
     assert line.choose((), ends) is one
 
 
+@pytest.mark.parametrize(
+    ("down", "cooling", "failed", "chance"),
+    [
+        ("", "", "ab", 60.0),
+        ("a", "", "b", 5.0),
+        ("a", "b", "", 3.0),
+        ("ab", "ab", "", 5.0),
+        ("ab", "", "ab", 60.0),
+        ("b", "", "ab", 60.0),
+    ],
+)
+def test_the_next_chance_is_the_soonest_end_of_a_rest_or_the_next_probe(
+    down: str, cooling: str, failed: str, chance: float
+) -> None:
+    endpoints = [endpoint("a"), endpoint("b")]
+    line = roster("round_robin", endpoints)
+    for one in endpoints:
+        if one.url in failed:
+            fail(one, 0.0)
+        if one.url in cooling:
+            one.cool_down(3.0, 0.0)
+        if one.url in down:
+            one.probed("down", 0.0)
+    tried = frozenset(endpoints)
+
+    assert line.next_chance(0.0, 5.0) == chance  # also before anybody has looked
+    assert line.choose(tried, 0.0) is None
+    assert line.next_chance(0.0, 5.0) == chance
+    assert line.choose((), 0.0) is None
+    assert line.next_chance(0.0, 5.0) == chance
+
+
+def test_without_endpoints_the_next_chance_is_the_next_probe() -> None:
+    assert roster("round_robin", []).next_chance(0.0, 5.0) == 5.0
+
+
 @every_algorithm
 def test_while_its_probe_is_out_it_is_asked_again_in_a_second_or_when_that_ends(
     algorithm: str,

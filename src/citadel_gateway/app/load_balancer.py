@@ -124,13 +124,7 @@ class Group:
 
     def next_chance(self, now: float) -> float:
         """Seconds until an endpoint may be available again, as far as can be known."""
-        return min(
-            (
-                max(e.available_in(now), 0.0 if e.health.healthy else _NEXT_PROBE)
-                for e in self.upstreams
-            ),
-            default=_NEXT_PROBE,
-        )
+        return self._roster.next_chance(now, _NEXT_PROBE)
 
 
 @attrs.frozen

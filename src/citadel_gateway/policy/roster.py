@@ -12,6 +12,7 @@ when nearly all of them are down or full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 from heapq import heappop, heappush
 
@@ -65,6 +66,27 @@ class Roster:
     def is_any_full(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether one that was not *tried* is available but for room, as of the last choice."""
         return self._is_any(self._full, tried, now)
+
+    def next_chance(self, now: float, next_probe: float) -> float:
+        """Seconds until one may be available again, as far as can be known.
+
+        :param next_probe: when one that is down may be known to be up again.
+        """
+
+        def chance(endpoint: Endpoint) -> float:
+            return max(endpoint.available_in(now), 0.0 if endpoint.health.healthy else next_probe)
+
+        soonest = min(map(chance, (*self._ready, *self._full)), default=math.inf)
+        returns = self._returns
+        while returns and not (returns[0][2] in self._away and returns[0][2].health.healthy):
+            heappop(returns)
+        if returns:
+            soonest = min(soonest, max(0.0, returns[0][0] - now))
+        for endpoint in self._away:
+            if soonest <= next_probe:
+                break  # no other can be sooner: the healthy ones are among the returns
+            soonest = min(soonest, chance(endpoint))
+        return soonest if soonest < math.inf else next_probe
 
     def eased(self, endpoint: Endpoint) -> None:
         """It may be able to take more than it could."""
