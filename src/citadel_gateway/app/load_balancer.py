@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 
@@ -57,7 +58,7 @@ class Model:
     def can_hold(self, request: InferenceRequest) -> bool:
         """Whether prompt and answer fit its context, as far as can be told without a tokenizer."""
         window = self.config.context_window
-        return window is None or request.prompt_tokens + (request.max_tokens or 1) <= window
+        return window is None or _tokens_needed(request) <= window
 
 
 @attrs.define(eq=False)
@@ -165,6 +166,9 @@ class LoadBalancer:
             name: self._make_group(name, [m]) for name, m in self.models.items()
         }
         self._auto_groups: dict[tuple[str, ...], Group] = {}
+        windows = {m.config.context_window for m in self.models.values()}
+        self._windows = sorted(window for window in windows if window is not None)
+        self._known_auto_groups: dict[tuple[Kind, int, str | None], Group] = {}
 
     @property
     def upstreams(self) -> list[Upstream]:
@@ -290,7 +294,7 @@ class LoadBalancer:
             return self._plan_model(model.id, reason, request, key)
         if not routing.intelligent_routing:
             return self._plan_model(self.config.default_model(), "default_model", request, key)
-        group = self._auto_group(self._eligible(request, key))
+        group = self._auto_group(request, key)
         return Plan((group,), f"auto:{self.config.load_balancer.algorithm.value}")
 
     def larger_contexts(self, than: str, groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -331,14 +335,23 @@ class LoadBalancer:
         fitting = [m for m in able if m.can_hold(request)]
         if not fitting:
             raise invalid_request(
-                f"The request needs about {request.prompt_tokens + (request.max_tokens or 1)} "
+                f"The request needs about {_tokens_needed(request)} "
                 "tokens, more than any model's context window.",
                 param="messages" if request.kind is Kind.CHAT else "prompt",
                 code="context_length_exceeded",
             )
         return fitting
 
-    def _auto_group(self, models: list[Model]) -> Group:
+    def _auto_group(self, request: InferenceRequest, key: ApiKey | None) -> Group:
+        """Those who can take *request*; it is the same group for all that differ in little."""
+        size = bisect_left(self._windows, _tokens_needed(request))
+        kind = (request.kind, size, None if key is None else key.id)
+        group = self._known_auto_groups.get(kind)
+        if group is None:
+            group = self._known_auto_groups[kind] = self._group_of(self._eligible(request, key))
+        return group
+
+    def _group_of(self, models: list[Model]) -> Group:
         key = tuple(model.id for model in models)
         group = self._auto_groups.get(key)
         if group is None:
@@ -402,6 +415,10 @@ class LoadBalancer:
     def _unknown_health(self) -> HealthTracker:
         balancing = self.config.load_balancer
         return HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after)
+
+
+def _tokens_needed(request: InferenceRequest) -> int:
+    return request.prompt_tokens + (request.max_tokens or 1)
 
 
 def _cost(model: ModelConfig) -> float | None:
