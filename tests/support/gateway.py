@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -158,15 +157,9 @@ class World:
         return [entry for engine in self.engines.values() for entry in engine.posts]
 
     async def metrics_page(self) -> str:
-        """The text of ``/metrics``, made in a thread while virtual time stands still."""
-        clock = trio.lowlevel.current_clock()
-        if not isinstance(clock, trio.testing.MockClock):
-            return (await self.service.metrics.render()).decode()
-        threshold, clock.autojump_threshold = clock.autojump_threshold, math.inf
-        try:
-            return (await self.service.metrics.render()).decode()
-        finally:
-            clock.autojump_threshold = threshold
+        """The text of ``/metrics``, once all has happened that can happen now."""
+        await trio.testing.wait_all_tasks_blocked()
+        return (await self.service.metrics.render()).decode()
 
     async def metrics(self) -> Metrics:
         return parse_metrics(await self.metrics_page())
