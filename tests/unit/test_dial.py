@@ -314,6 +314,17 @@ async def test_the_certificate_may_have_another_name_than_the_address(
     nursery.cancel_scope.cancel()
 
 
+async def test_at_an_address_of_its_own_the_certificate_has_the_hosts_name(
+    authority: trustme.CA, nursery: trio.Nursery
+) -> None:
+    port = await listen(nursery, speaking_tls(authority, "engine.example"))
+    origin = Origin("https", "engine.example", port, address="127.0.0.1")
+    stream = await make_connect(trusting(authority))(origin)
+    async with stream:
+        assert await stream.receive() == b"hello"
+    nursery.cancel_scope.cancel()
+
+
 async def test_unverified_means_any_certificate(
     authority: trustme.CA, nursery: trio.Nursery
 ) -> None:

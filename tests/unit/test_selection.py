@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
+from citadel_gateway.policy.drawing import Urn
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.health_tracker import HealthTracker
 from citadel_gateway.policy.picker import Picker
@@ -131,6 +132,28 @@ def test_random_follows_the_weights() -> None:
     turns = Counter(picks("random", [endpoint("a", weight=3), endpoint("b")], 4000))
 
     assert turns["a"] == pytest.approx(3000, abs=100)
+
+
+def test_chances_stay_exact_while_endpoints_leave_return_and_are_forgotten() -> None:
+    urn, rng = Urn(random.Random(1), lambda e: e.weight), random.Random(2)
+    endpoints = [endpoint(str(i), weight=1 + i) for i in range(9)]
+    inside: set[Endpoint] = set()
+    for _ in range(500):
+        one = rng.choice(endpoints)
+        if rng.random() < 0.5:
+            urn.put(one)
+            inside.add(one)
+        else:
+            rng.choice([urn.take, urn.forget])(one)
+            inside.discard(one)
+        drawn_now = urn.draw()
+        assert drawn_now in inside if inside else drawn_now is None
+    for one in endpoints:
+        urn.put(one)
+
+    drawn = Counter(urn.draw() for _ in range(9000))
+
+    assert drawn == pytest.approx({e: 200 * e.weight for e in endpoints}, rel=0.15)
 
 
 def test_cost_decides_before_load() -> None:

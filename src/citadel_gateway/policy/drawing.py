@@ -3,81 +3,129 @@
 from __future__ import annotations
 
 import random
-from bisect import bisect
 from collections.abc import Callable, Container
-from itertools import accumulate
 
 import attrs
 
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.picker import Fits, Score
 
-_DRAWS = 8  # misses after which it is cheaper to look at who is there
+_SCALE = 1_000_000  # weights become whole numbers, so that what is taken out leaves nothing behind
 
 
 @attrs.define(eq=False)
-class _Drawing:
-    """Draws by chance among all, until somebody in line is drawn."""
+class Urn:
+    """Draws endpoints with a chance in proportion to their weights.
+
+    A binary indexed tree (Fenwick, 1994) of the weights: to draw, to put in and to take out each
+    take as many steps as the number of endpoints has binary digits.
+    """
 
     rng: random.Random
-    weigh: Callable[[Endpoint], float] | None
-    _everybody: list[Endpoint] = attrs.field(factory=list, init=False)
-    _known: set[Endpoint] = attrs.field(factory=set, init=False)
-    _ready: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
-    _sums: list[float] = attrs.field(factory=list, init=False)
+    weigh: Callable[[Endpoint], float]
+    _total: int = attrs.field(default=0, init=False)
+    _inside: dict[Endpoint, int] = attrs.field(factory=dict, init=False)  # and their weights
+    _places: dict[Endpoint, int] = attrs.field(factory=dict, init=False)
+    _tree: list[int] = attrs.field(factory=lambda: [0], init=False)
+    _owners: list[Endpoint | None] = attrs.field(factory=lambda: [None], init=False)
+    _vacant: list[int] = attrs.field(factory=list, init=False)
 
-    def join(self, endpoint: Endpoint, _: float = 0.5, /) -> None:
-        self._ready[endpoint] = None
-        if endpoint not in self._known:
-            self._known.add(endpoint)
-            self._everybody.append(endpoint)
-            self._sums = []
+    def put(self, endpoint: Endpoint) -> None:
+        if endpoint not in self._inside:
+            weight = self._inside[endpoint] = round(self.weigh(endpoint) * _SCALE) or 1
+            self._change(self._place_of(endpoint), weight)
 
-    def leave(self, endpoint: Endpoint) -> None:
-        self._ready.pop(endpoint, None)
+    def take(self, endpoint: Endpoint) -> None:
+        weight = self._inside.pop(endpoint, 0)
+        if weight:
+            self._change(self._places[endpoint], -weight)
 
     def forget(self, endpoint: Endpoint) -> None:
-        self.leave(endpoint)
-        if endpoint in self._known:
-            self._known.remove(endpoint)
-            self._everybody.remove(endpoint)
-            self._sums = []
+        self.take(endpoint)
+        place = self._places.pop(endpoint, 0)
+        if place:
+            self._owners[place] = None
+            self._vacant.append(place)
+
+    def draw(self) -> Endpoint | None:
+        """One of those inside; it stays there."""
+        if not self._total:
+            return None
+        point, place, tree = int(self.rng.random() * self._total), 0, self._tree
+        step = 1 << (len(tree) - 1).bit_length() - 1
+        while step:
+            beyond = place + step
+            if beyond < len(tree) and tree[beyond] <= point:
+                place = beyond
+                point -= tree[beyond]
+            step >>= 1
+        return self._owners[place + 1]
+
+    def _place_of(self, endpoint: Endpoint) -> int:
+        place = self._places.get(endpoint)
+        if place is None:
+            place = self._vacant.pop() if self._vacant else self._append()
+            self._places[endpoint] = place
+            self._owners[place] = endpoint
+        return place
+
+    def _append(self) -> int:
+        place = len(self._tree)
+        total, below = 0, place - 1
+        while below > place - (place & -place):
+            total += self._tree[below]
+            below -= below & -below
+        self._tree.append(total)
+        self._owners.append(None)
+        return place
+
+    def _change(self, place: int, by: int) -> None:
+        self._total += by
+        while place < len(self._tree):
+            self._tree[place] += by
+            place += place & -place
+
+
+@attrs.define(eq=False)
+class WeightedRandom:
+    """Chance in proportion to the weights."""
+
+    urn: Urn
+
+    def join(self, endpoint: Endpoint, _: float = 0.5, /) -> None:
+        self.urn.put(endpoint)
+
+    def leave(self, endpoint: Endpoint) -> None:
+        self.urn.take(endpoint)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        self.urn.forget(endpoint)
 
     def eased(self, endpoint: Endpoint) -> None:
         """Chance does not look at load."""
 
-    def draw(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
-        everybody, ready = self._everybody, self._ready
-        if 2 * len(ready) >= len(everybody):
-            for _ in range(_DRAWS):
-                endpoint = everybody[self._place()]
-                if endpoint in ready and endpoint not in tried and fits(endpoint):
-                    return endpoint
-        fitting = [e for e in list(ready) if e not in tried and fits(e)]
-        if not fitting:
-            return None
-        weights = [self.weigh(e) for e in fitting] if self.weigh else None
-        return self.rng.choices(fitting, weights)[0]
-
-    def _place(self) -> int:
-        if self.weigh is None:
-            return int(self.rng.random() * len(self._everybody))
-        if not self._sums:
-            self._sums = list(accumulate(map(self.weigh, self._everybody)))
-        sums = self._sums
-        return bisect(sums, self.rng.random() * sums[-1], 0, len(sums) - 1)
-
-
-@attrs.define(eq=False)
-class WeightedRandom(_Drawing):
-    """Chance in proportion to the weights."""
-
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
-        return self.draw(tried, fits)
+        aside: list[Endpoint] = []
+        picked = self._draw(tried, fits, aside)
+        for endpoint in aside:
+            self.urn.put(endpoint)
+        return picked
+
+    def _draw(
+        self, tried: Container[Endpoint], fits: Fits, aside: list[Endpoint]
+    ) -> Endpoint | None:
+        """The first that fits; those that were *tried* are taken out on the way."""
+        while (endpoint := self.urn.draw()) is not None:
+            if endpoint in tried:
+                self.urn.take(endpoint)
+                aside.append(endpoint)
+            elif fits(endpoint):
+                return endpoint
+        return None
 
 
 @attrs.define(eq=False)
-class PowerOfTwo(_Drawing):
+class PowerOfTwo(WeightedRandom):
     """The less loaded of two picked at random.
 
     Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001: nearly as even
@@ -87,17 +135,14 @@ class PowerOfTwo(_Drawing):
     load: Callable[[Endpoint], Score]
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
-        first = self.draw(tried, fits)
-        if first is None:
-            return None
-        second = self.draw(_Both(tried, first), fits)
-        return first if second is None or self.load(first) <= self.load(second) else second
-
-
-@attrs.frozen
-class _Both:
-    tried: Container[Endpoint]
-    first: Endpoint
-
-    def __contains__(self, endpoint: object) -> bool:
-        return endpoint is self.first or endpoint in self.tried
+        aside: list[Endpoint] = []
+        first = second = self._draw(tried, fits, aside)
+        if first is not None:
+            self.urn.take(first)
+            aside.append(first)
+            second = self._draw(tried, fits, aside)
+        for endpoint in aside:
+            self.urn.put(endpoint)
+        if first is None or second is None:
+            return first
+        return min(first, second, key=self.load)

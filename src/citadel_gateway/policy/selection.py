@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import attrs
 
-from citadel_gateway.policy.drawing import PowerOfTwo, WeightedRandom
+from citadel_gateway.policy.drawing import PowerOfTwo, Urn, WeightedRandom
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.picker import Fits, Picker, Score
 
@@ -167,11 +167,11 @@ def make_picker(algorithm: str, rng: random.Random, share: Share | None = None) 
         case "weighted_round_robin":
             return RoundRobin(weigh)
         case "random":
-            return WeightedRandom(rng, weigh)
+            return WeightedRandom(Urn(rng, weigh))
         case "least_connections":
             return Least(load)
         case "power_of_two":
-            return PowerOfTwo(rng, None, load)
+            return PowerOfTwo(Urn(rng, evenly), load)
         case "least_latency":
             return Least(expected_latency)
         case "cost":
