@@ -24,6 +24,7 @@ from anyio.streams.tls import TLSAttribute
 from citadel_gateway.config.schema import TlsConfig
 from citadel_gateway.io.dial import Dialer, Origin, is_our_own_lack, make_connect
 from citadel_gateway.io.resolver import Resolver
+from tests.support.memory_net import MemoryByteStream
 from tests.support.openfds import open_descriptors
 from tests.support.raw_client import reset_stream
 from tests.support.step_cancel import cancel_at
@@ -170,6 +171,29 @@ async def test_an_address_where_nobody_listens_is_passed_over(nursery: trio.Nurs
 
     assert {await peer(dial, port) for _ in range(6)} == {"127.0.0.2"}
     nursery.cancel_scope.cancel()
+
+
+async def test_an_address_that_does_not_answer_holds_up_one_connection_only(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialled: list[tuple[float, str]] = []
+
+    async def connect_tcp(host: str, port: int) -> ByteStream:
+        dialled.append((trio.current_time(), host))
+        if host == "10.0.0.1":
+            await trio.sleep_forever()
+        return MemoryByteStream(trio.testing.memory_stream_pair()[0])
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect_tcp)
+
+    async def lookup(_: str) -> list[str]:
+        return ["10.0.0.1", "10.0.0.2"]
+
+    dial = make_connect(resolver=Resolver(ttl=10, lookup=lookup))
+    for _ in range(4):
+        await anyio.aclose_forcefully(await dial(Origin("http", "engine", 80)))
+
+    assert dialled == [(0, "10.0.0.1"), (0.25, "10.0.0.2")] + [(0.25, "10.0.0.2")] * 3
 
 
 async def test_no_address_that_answers_is_an_os_error_and_not_our_lack() -> None:

@@ -189,6 +189,26 @@ async def test_each_asks_for_the_addresses_beginning_with_another(
     assert ["".join(one) for one in rounds] == ["abc", "bca", "cab", "abc"]
 
 
+async def test_families_take_turns_and_ipv6_is_first(autojump_clock: MockClock) -> None:
+    world = make_world(NameServer(answer=["10.0.0.1", "10.0.0.2", "::1", "::2"]))
+
+    assert await world.resolver.next_addresses("engine") == ["::1", "10.0.0.1", "::2", "10.0.0.2"]
+
+
+async def test_an_address_that_failed_is_tried_last_for_a_while(
+    autojump_clock: MockClock,
+) -> None:
+    world = make_world(NameServer(answer=["::1", "10.0.0.1", "10.0.0.2"]))
+    await world.resolver.addresses("engine")
+    for address in ("::1", "10.0.0.1"):
+        world.resolver.avoid("engine", address)
+    during = {(await world.resolver.next_addresses("engine"))[0] for _ in range(3)}
+    await trio.sleep(10)
+    after = (await world.resolver.next_addresses("engine"))[0]
+
+    assert (during, after) == ({"10.0.0.2"}, "::1")
+
+
 async def test_an_address_is_current_as_long_as_the_last_good_answer_has_it(
     autojump_clock: MockClock,
 ) -> None:

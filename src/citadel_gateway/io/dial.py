@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
-from itertools import chain, zip_longest
+from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -123,7 +121,11 @@ class Dialer:
         host = origin.address or origin.host
         if self._resolver is None or is_address(host):
             return await anyio.connect_tcp(host, origin.port), None
-        return await _connect_to_any(await self._resolver.next_addresses(host), origin.port)
+        order = await self._resolver.next_addresses(host)
+        stream, address = await _connect_to_any(order, origin.port)
+        for passed_over in order[: order.index(address)]:
+            self._resolver.avoid(host, passed_over)
+        return stream, address
 
     async def _secure(self, stream: ByteStream, origin: Origin) -> ByteStream:
         name = (origin.tls and origin.tls.server_name) or origin.host
@@ -146,10 +148,7 @@ def make_connect(context: ssl.SSLContext | None = None, resolver: Resolver | Non
 
 
 async def _connect_to_any(addresses: list[str], port: int) -> tuple[SocketStream, str]:
-    """The first connection that comes up; the next is tried when one fails, or hesitates.
-
-    RFC 8305, "Happy Eyeballs": the families take turns, IPv6 first.
-    """
+    """The first connection that comes up; the next is tried when one fails, or hesitates."""
     if len(addresses) == 1:
         return await anyio.connect_tcp(addresses[0], port), addresses[0]
     won: list[tuple[SocketStream, str]] = []
@@ -170,7 +169,7 @@ async def _connect_to_any(addresses: list[str], port: int) -> tuple[SocketStream
 
     try:
         async with anyio.create_task_group() as racing:
-            for address in _in_turns(addresses):
+            for address in addresses:
                 over = anyio.Event()
                 racing.start_soon(attempt, address, over)
                 with anyio.move_on_after(_HESITATION):
@@ -182,13 +181,3 @@ async def _connect_to_any(addresses: list[str], port: int) -> tuple[SocketStream
     if won:
         return won[0]
     raise OSError("All connection attempts failed") from ExceptionGroup("attempts", reasons)
-
-
-def _in_turns(addresses: Iterable[str]) -> list[str]:
-    six: list[str] = []
-    four: list[str] = []
-    for address in addresses:
-        (six if ipaddress.ip_address(address.partition("%")[0]).version == 6 else four).append(
-            address
-        )
-    return [a for a in chain.from_iterable(zip_longest(six, four)) if a is not None]

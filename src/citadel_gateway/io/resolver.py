@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain, zip_longest
 from typing import TypeAlias
 
 import anyio
@@ -58,6 +59,7 @@ class _Name:
     asked: float = float("-inf")
     error: OSError | None = None
     turn: int = 0
+    avoided: dict[str, float] = attrs.field(factory=dict)  # and until when
     is_asked: bool = False  # right now, by a task of the resolver's own
     answered: anyio.Event = attrs.field(factory=anyio.Event)
     lock: anyio.Lock = attrs.field(factory=anyio.Lock)
@@ -100,12 +102,26 @@ class Resolver:
         return name.addresses
 
     async def next_addresses(self, host: str) -> list[str]:
-        """The same, beginning with another address each time, so that they share the load."""
+        """The same in the order in which to try them, which is another one each time.
+
+        Those to avoid come last.  RFC 8305, "Happy Eyeballs": the families take turns, IPv6 first.
+        """
         known = await self.addresses(host)
         if len(known) == 1:
             return list(known)
-        turn = self._names[host].take_turn() % len(known)
-        return [*known[turn:], *known[:turn]]
+        name, now = self._names[host], self.clock()
+        turn = name.take_turn() % len(known)
+        turned = [*known[turn:], *known[:turn]]
+        worse = {a for a in turned if name.avoided.get(a, now) > now}
+        return [
+            *_in_turns(a for a in turned if a not in worse),
+            *_in_turns(a for a in turned if a in worse),
+        ]
+
+    def avoid(self, host: str, address: str) -> None:
+        """Another address was faster, or the only one to answer: try it last for a while."""
+        if name := self._names.get(host):
+            name.avoided[address] = self.clock() + self.ttl
 
     def known(self, host: str) -> tuple[str, ...]:
         """The addresses of *host* as far as they are known; never waits."""
@@ -173,5 +189,13 @@ class Resolver:
         if name.error is not None and name.addresses:
             self.on_trouble(host, None)
         before, name.addresses, name.error = set(name.addresses), found, None
+        name.avoided = {a: until for a, until in name.avoided.items() if a in found}
         if set(found) != before:
             self.on_change(host)
+
+
+def _in_turns(addresses: Iterable[str]) -> list[str]:
+    families: tuple[list[str], list[str]] = ([], [])
+    for address in addresses:
+        families[":" not in address].append(address)
+    return [a for a in chain.from_iterable(zip_longest(*families)) if a is not None]
