@@ -20,7 +20,9 @@ from citadel_gateway.io.metrics import Levels, Metrics
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.waitroom import Ticket, Waitroom
+from citadel_gateway.wire.openai_request import Kind, parse_request
 
+ASK = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}]}'
 SIZES = (4, 1000)
 NOBODY: frozenset[Endpoint] = frozenset()
 
@@ -34,7 +36,7 @@ def make_group(algorithm: str, size: int) -> Group:
     for upstream in balancer.upstreams:
         upstream.endpoint.probed(None, 0.0)
         upstream.endpoint.latency.observe(random.random(), 0.0)
-    return balancer._groups["m"]
+    return balancer.plan(parse_request(Kind.CHAT, ASK)).groups[0]
 
 
 def place_cost(group: Group) -> float:

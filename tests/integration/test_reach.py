@@ -75,11 +75,19 @@ async def test_an_engine_on_a_unix_socket_is_probed_and_asked(tmp_path: Path, ba
 
 async def test_a_socket_that_disappears_is_a_connection_error(tmp_path: Path) -> None:
     engine, path = ScriptedEngine(), tmp_path / "vllm.sock"
-    async with on_socket(path, engine), gateway({"url": f"unix:{path}"}) as world:
+    began, release = trio.Event(), trio.Event()
+    slow = [scripted.tell(began), scripted.wait(release), *scripted.whole_chat("ok").steps]
+    engine.scripts.append(Script(slow))
+    async with (
+        on_socket(path, engine),
+        gateway({"url": f"unix:{path}"}) as world,
+        trio.open_nursery() as asking,
+    ):
+        asking.start_soon(world.ask, "m")  # has the kept connection
+        await began.wait()
         path.unlink()
-        await world.service.pool.aclose()
-        world.service.pool._closed = False  # as if the kept connections had expired
         response = await world.ask("m")
+        release.set()
 
     assert response.status == 502
     assert response.json()["error"]["code"] == "upstream_connection_error"

@@ -10,11 +10,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from citadel_gateway.wire.openai_request import Kind, parse_request
 from tests.support import scripted_engine as engines
 from tests.support.gateway import World, endpoint, fleet, gather, running_gateway
 from tests.support.raw_client import RawResponse
 from tests.support.scripted_engine import Script
 
+ASK = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}]}'
 A, B, C = "10.0.0.1", "10.0.0.2", "10.0.0.3"
 
 
@@ -110,7 +112,8 @@ async def test_requests_with_a_lost_address_finish_and_then_it_is_forgotten(
 
         answer, _ = await gather(partial(world.ask, "m"), move)
         after = labels(await world.metrics())
-        upstreams = [*world.service.balancer._groups["m"].upstreams.values()]
+        (group,) = world.service.balancer.plan(parse_request(Kind.CHAT, ASK)).groups
+        upstreams = [*group.upstreams.values()]
 
     assert (answer.status, backend(answer)) == (200, A)
     assert during == {f"http://vllm:8000 [{A}]", f"http://vllm:8000 [{B}]"}
