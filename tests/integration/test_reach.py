@@ -10,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trustme
 
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.loader import parse
+from citadel_gateway.io.resolver import Resolver
+from tests.support import scripted_engine as scripted
 from tests.support.gateway import CapturedLog, World
 from tests.support.memory_net import MemoryNet
 from tests.support.raw_client import RawResponse, reset_stream
-from tests.support.scripted_engine import ScriptedEngine, serve_tcp
+from tests.support.scripted_engine import Script, ScriptedEngine, serve_tcp
 
 
 @asynccontextmanager
@@ -105,6 +108,74 @@ async def test_who_starts_before_its_engines_socket_sees_it_when_it_is_there(
 
     assert early.json()["error"]["code"] == "no_healthy_backend"
     assert answered(late, engine)
+
+
+# --- names
+
+
+@attrs.define(eq=False)
+class Moving:
+    """Two engines on the same port of two addresses, and a name that has some of them."""
+
+    port: int
+    first: ScriptedEngine
+    second: ScriptedEngine
+    known: list[str]
+
+    def resolver(self) -> Resolver:
+        async def lookup(_: str) -> list[str]:
+            await trio.lowlevel.checkpoint()
+            if not self.known:
+                raise OSError("the name server is down")
+            return [*self.known]
+
+        return Resolver(ttl=0.1, lookup=lookup)
+
+
+@asynccontextmanager
+async def moving() -> AsyncIterator[Moving]:
+    first, second = ScriptedEngine(), ScriptedEngine()
+    async with trio.open_nursery() as nursery:
+        port = await serve_tcp(first, nursery, "127.0.0.1")
+        await nursery.start(partial(trio.serve_tcp, second.serve, port, host="127.0.0.2"))
+        yield Moving(port, first, second, ["127.0.0.1"])
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("resolve", ["together", "each"])
+async def test_when_a_name_moves_new_requests_follow_and_those_under_way_finish(
+    resolve: str,
+) -> None:
+    async with moving() as engines:
+        entry = {"url": f"http://engine:{engines.port}", "resolve": resolve}
+        async with gateway(entry, resolver=engines.resolver()) as world:
+            began, release = trio.Event(), trio.Event()
+            slow = [scripted.tell(began), scripted.wait(release), *scripted.whole_chat("ok").steps]
+            engines.first.scripts.append(Script(slow))
+            answers: list[RawResponse] = []
+
+            async def ask() -> None:
+                answers.append(await world.ask("m"))
+
+            async with trio.open_nursery() as asking:
+                asking.start_soon(ask)
+                await began.wait()
+                for _ in range(5):  # one after the other, so over one connection
+                    await world.ask("m")
+                before = (len(engines.first.posts), len(engines.second.posts))
+                engines.known[:] = ["127.0.0.2"]
+                await trio.sleep(0.5)
+                for _ in range(5):
+                    await world.ask("m")
+                after = (len(engines.first.posts), len(engines.second.posts))
+                engines.known.clear()
+                await trio.sleep(0.3)
+                last = await world.ask("m")
+                release.set()
+
+    assert (before, after) == ((6, 0), (6, 5))
+    assert last.status == 200
+    assert [answer.status for answer in answers] == [200]
 
 
 # --- IPv6

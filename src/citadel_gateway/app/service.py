@@ -82,7 +82,7 @@ class UnifiedAPIGatewayService:
         self.resolver = resolver or Resolver(ttl=self.config.load_balancer.dns_ttl)
         self.resolver.on_trouble = self._note_name_trouble
         self.balancer = LoadBalancer(self.config, rng=rng, resolver=self.resolver)
-        self.pool = ConnectionPool(connect or self._make_dialer(), clock=trio.current_time)
+        self.pool = self._make_pool(connect)
         self.admission = Admission(
             Waitroom(
                 seats=self.config.performance.max_concurrent_requests,
@@ -345,6 +345,12 @@ class UnifiedAPIGatewayService:
             host=host,
             error=str(error),
         )
+
+    def _make_pool(self, connect: Connect | None) -> ConnectionPool:
+        if connect is not None:
+            return ConnectionPool(connect, clock=trio.current_time)
+        dialer = self._make_dialer()
+        return ConnectionPool(dialer, clock=trio.current_time, is_current=dialer.is_current)
 
     def _make_dialer(self) -> Dialer:
         """TLS settings are read now, so that a bad file does not wait for the first request."""
