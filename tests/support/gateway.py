@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -21,6 +20,7 @@ from citadel_gateway.io.departures import Departures
 from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection
 from citadel_gateway.io.logs import JsonLog
+from citadel_gateway.io.resolver import Resolver
 from citadel_gateway.policy.endpoint import Endpoint
 from tests.support.ledger import Metrics, parse_metrics
 from tests.support.memory_net import MemoryNet
@@ -164,15 +164,9 @@ class World:
         return [entry for engine in self.engines.values() for entry in engine.posts]
 
     async def metrics_page(self) -> str:
-        """The text of ``/metrics``, made in a thread while virtual time stands still."""
-        clock = trio.lowlevel.current_clock()
-        if not isinstance(clock, trio.testing.MockClock):
-            return (await self.service.metrics.render()).decode()
-        threshold, clock.autojump_threshold = clock.autojump_threshold, math.inf
-        try:
-            return (await self.service.metrics.render()).decode()
-        finally:
-            clock.autojump_threshold = threshold
+        """The text of ``/metrics``, once all has happened that can happen now."""
+        await trio.testing.wait_all_tasks_blocked()
+        return (await self.service.metrics.render()).decode()
 
     async def metrics(self) -> Metrics:
         return parse_metrics(await self.metrics_page())
@@ -211,30 +205,48 @@ def repeatable(seed: int) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def running_gateway(config: Mapping[str, Any], *, seed: int = 0) -> AsyncIterator[World]:
+async def running_gateway(
+    config: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    addresses: Mapping[str, list[str]] | None = None,
+    hosts: Iterable[str] = (),
+) -> AsyncIterator[World]:
     """A gateway with a scripted engine behind each of its endpoints, all of them healthy.
 
     Once the body is done, everything that it began must have been given back.  The same *seed*
     gives the same run, down to which of several tasks goes first.
+
+    :param addresses: what the name server says; change it to move engines.
+    :param hosts: addresses at which there are engines, whoever may name them.
     """
+    known = {} if addresses is None else addresses
+
+    async def lookup(host: str) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        if host not in known:
+            raise OSError("no such name")
+        return known[host]
+
     with repeatable(seed):
         async with trio.open_nursery() as nursery:
             net, log = MemoryNet(nursery), CapturedLog()
 
             async def connect(origin: Origin) -> anyio.abc.ByteStream:
-                return await net.connect(origin.host, origin.port)
+                return await net.connect(origin.address or origin.host, origin.port)
 
             service = UnifiedAPIGatewayService(
                 parse(dict(config), source="test"),
                 connect=connect,
+                resolver=Resolver(lookup=lookup),
                 rng=random.Random(seed),
                 log=log,
             )
             engines = {}
-            for upstream in service.balancer.upstreams:
-                origin = upstream.target.origin
-                engines[origin.host] = ScriptedEngine()
-                net.listen(origin.host, origin.port, engines[origin.host].serve)
+            named = [upstream.target.origin.host for upstream in service.balancer.upstreams]
+            for host in (*named, *hosts):
+                engines[host] = ScriptedEngine()
+                net.listen(host, PORT, engines[host].serve)
             async with service.open(), trio.open_nursery() as connections:
                 world = World(service, net, log, engines, connections)
                 yield world

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from citadel_gateway.config import ConfigError, load_config, parse
-from citadel_gateway.config.values import Algorithm, Capability, Engine, LogLevel, Name
+from citadel_gateway.config.schema import TlsConfig
+from citadel_gateway.config.values import Algorithm, Capability, Engine, LogLevel, Name, Resolve
 
 URL = "http://127.0.0.1:8080"
 MINIMAL: dict[str, Any] = {"models": {"m": {"endpoint": URL}}}
@@ -104,6 +105,10 @@ def test_a_number_too_large_to_handle_is_refused_without_printing_it(digits: int
         ("https://GPU.example/v1//", "https://gpu.example/v1"),
         ("http://[::1]:8000", "http://[::1]:8000"),
         ("http://under_score:1", "http://under_score:1"),
+        ("unix:/run/vllm.sock", "unix:/run/vllm.sock"),
+        ("unix:/run/vllm@1.sock:/base/", "unix:/run/vllm@1.sock:/base"),
+        ("http+unix://%2Frun%2Fvllm.sock/base", "unix:/run/vllm.sock:/base"),
+        ("http+unix://%2frun%2fvllm.sock", "unix:/run/vllm.sock"),
     ],
 )
 def test_an_endpoint_is_kept_without_its_trailing_slash(written: str, kept: str) -> None:
@@ -115,6 +120,8 @@ def test_an_endpoint_is_kept_without_its_trailing_slash(written: str, kept: str)
     ["", "gpu:8000", "ftp://gpu", "http://", "http:///v1", "http://:80", "http://h:", "http://h:0",
      "http://h:65536", "http://h:x", "http://[::1", "http://[v1.x]", "http://::1", "http://a b",
      "http://a\tb", " http://a", "http://a..b", "http://a/\n", "http://h?x", "http://h#x", 80,
+     "unix:", "unix:run/a.sock", "unix:/run/a/", "unix://run/a.sock", "unix:/run/a.sock:base",
+     "unix:/run/a b.sock", "unix:/run/a.sock?x", "unix:/" + "a" * 107, "http+unix:///run/a.sock",
      None],
 )  # fmt: skip
 def test_what_is_not_an_endpoint_is_refused(written: object) -> None:
@@ -362,6 +369,30 @@ def test_whatever_the_input_nothing_but_a_config_error_comes_out(raw: Any) -> No
             ["monitoring.metrics_endpoint: is the health_check_endpoint, too"],
         ),
         (
+            with_model(tls={"insecure_skip_verify": True}),
+            ["models.m.tls: needs a URL that begins with https://"],
+        ),
+        (
+            {"models": {"m": {"endpoints": [
+                {"url": "https://a", "tls": {"ca_file": "/no/ca.pem"}},
+                {"url": "https://b", "tls": {"cert_file": "/no/cert.pem"}},
+                {"url": "http://c", "tls": {"server_name": "x"}}]}}},
+            ["models.m.endpoints[0].tls.ca_file: there is no file '/no/ca.pem' that can be read",
+             "models.m.endpoints[1].tls.key_file: is required with cert_file",
+             "models.m.endpoints[1].tls.cert_file: "
+             "there is no file '/no/cert.pem' that can be read",
+             "models.m.endpoints[2].tls: needs a URL that begins with https://"],
+        ),
+        (
+            {"models": {"m": {"endpoints": [
+                {"url": "http://10.0.0.1", "resolve": "each"},
+                {"url": "unix:/run/a.sock", "resolve": "each"},
+                {"url": "http://[::1]:80", "resolve": "each"},
+                {"url": "http://name", "resolve": "each"}]}}},
+            [f"models.m.endpoints[{i}].resolve: 'each' needs a URL with a name in it"
+             for i in range(3)],
+        ),
+        (
             with_section("security", cors={"allow_origins": ["*", "https://a.example"]}),
             ["security.cors.allow_origins: '*' already allows all the others"],
         ),
@@ -371,6 +402,32 @@ def test_what_contradicts_another_field_is_refused(
     raw: dict[str, object], expected: list[str]
 ) -> None:
     assert problems(raw) == expected
+
+
+def test_files_for_tls_must_hold_what_their_names_say(tmp_path: Path) -> None:
+    text, tls = tmp_path / "text", {"insecure_skip_verify": False}
+    text.write_text("nothing of the kind")
+    paths = dict.fromkeys(["ca_file", "cert_file", "key_file"], str(text))
+
+    ca, cert = problems({"models": {"m": {"endpoint": "https://a", "tls": tls | paths}}})
+
+    assert ca == f"models.m.tls.ca_file: {str(text)!r} holds no PEM certificates"
+    assert cert.startswith("models.m.tls.cert_file: is no certificate with key_file's key: ")
+
+
+def test_an_endpoint_has_the_models_tls_and_way_to_resolve_unless_it_has_its_own() -> None:
+    raw = {
+        "resolve": "each",
+        "tls": {"server_name": "shared"},
+        "endpoints": [
+            {"url": "https://a"},
+            {"url": "https://b", "resolve": "together", "tls": {"server_name": "own"}},
+        ],
+    }
+    one, other = parse({"models": {"m": raw}}).models[Name("m")].all_endpoints()
+
+    assert (one.resolve, one.tls) == (Resolve.EACH, TlsConfig(server_name="shared"))
+    assert (other.resolve, other.tls) == (Resolve.TOGETHER, TlsConfig(server_name="own"))
 
 
 def test_the_default_model_may_be_an_alias() -> None:
@@ -412,7 +469,8 @@ def test_problems_of_a_file_have_their_lines(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{path}: 4 problems\n"
         "  service.prot: unknown option; did you mean 'port'? (line 8)\n"
-        "  models.m.endpoints[0].url: 'x' does not begin with http:// or https:// (line 5)\n"
+        "  models.m.endpoints[0].url: "
+        "'x' does not begin with http://, https:// or unix:/ (line 5)\n"
         "  models.m.endpoints[1].url: is required (line 6)\n"
         "  models.m.weight: -1 is not a number above zero (line 3)"
     )
@@ -541,7 +599,7 @@ def test_a_model_without_an_endpoint_may_get_it_from_its_variable() -> None:
         ("RATE_LIMIT_RPS", "1e999", "inf is not a number above zero"),
         ("RATE_LIMITING_ENABLED", "maybe", "'maybe' is not true or false"),
         ("DEFAULT_MODEL", "herms", "'herms' is not a model; did you mean 'hermes'?"),
-        ("HERMES_ENDPOINT", "gpu", "'gpu' does not begin with http:// or https://"),
+        ("HERMES_ENDPOINT", "gpu", "'gpu' does not begin with http://, https:// or unix:/"),
     ],
 )
 def test_a_wrong_variable_is_reported_by_its_name(variable: str, text: str, message: str) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import os
 import resource
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 import trio
 import trio.testing
 import trustme
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.tls import TLSAttribute
 
-from citadel_gateway.io.dial import Origin, is_our_own_lack, make_connect
+from citadel_gateway.config.schema import TlsConfig
+from citadel_gateway.io.dial import Dialer, Origin, is_our_own_lack, make_connect
+from citadel_gateway.io.resolver import Resolver
+from tests.support.memory_net import MemoryByteStream
 from tests.support.openfds import open_descriptors
 from tests.support.raw_client import reset_stream
 from tests.support.step_cancel import cancel_at
@@ -33,6 +41,8 @@ Handler = Callable[[trio.SocketStream], Awaitable[None]]
         (Origin("https", "engine", 80), b"engine:80"),
         (Origin("http", "::1", 80), b"[::1]"),
         (Origin("http", "::1", 8000), b"[::1]:8000"),
+        (Origin("http", "engine", 8000, address="10.0.0.1"), b"engine:8000"),
+        (Origin("http", "localhost", 80, socket="/run/engine.sock"), b"localhost"),
     ],
 )
 def test_the_host_header_names_the_port_unless_it_is_the_usual_one(
@@ -93,6 +103,134 @@ async def test_both_families_of_addresses_are_dialled(host: str, nursery: trio.N
     nursery.cancel_scope.cancel()
 
 
+async def test_a_unix_socket_is_dialled(tmp_path: Path, nursery: trio.Nursery) -> None:
+    path = str(tmp_path / "engine.sock")
+    with trio.socket.socket(trio.socket.AF_UNIX) as listening:
+        await listening.bind(path)
+        listening.listen()
+        nursery.start_soon(trio.serve_listeners, say_hello, [trio.SocketListener(listening)])
+        stream = await make_connect()(Origin("http", "localhost", 80, socket=path))
+        async with stream:
+            assert await stream.receive() == b"hello"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("fault", ["missing", "nobody listens", "no socket"])
+async def test_a_unix_socket_that_cannot_be_used_is_an_os_error_and_not_our_lack(
+    fault: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "engine.sock"
+    match fault:
+        case "nobody listens":
+            with trio.socket.socket(trio.socket.AF_UNIX) as bound:
+                await bound.bind(str(path))
+        case "no socket":
+            path.write_text("text")
+
+    with pytest.raises(OSError) as caught:  # noqa: PT011 -- the type is the promise
+        await make_connect()(Origin("http", "localhost", 80, socket=str(path)))
+
+    assert not is_our_own_lack(caught.value)
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def resolving(*addresses: str) -> tuple[Dialer, list[str]]:
+    """A dialer for a name with *addresses*, and the list to change them in."""
+    answer = [*addresses]
+
+    async def lookup(_: str) -> list[str]:
+        return [*answer]
+
+    return make_connect(resolver=Resolver(ttl=1e-9, lookup=lookup)), answer
+
+
+async def peer(dial: Dialer, port: int) -> str:
+    """The address at which one connection to the name ends."""
+    stream = await dial(Origin("http", "engine", port))
+    async with stream:
+        return str(stream.extra(SocketAttribute.remote_address)[0])
+
+
+async def test_connections_are_spread_over_the_addresses_of_a_name(
+    nursery: trio.Nursery,
+) -> None:
+    port = await listen(nursery, say_hello, "0.0.0.0")
+    dial, _ = resolving("127.0.0.1", "127.0.0.2", "127.0.0.3")
+
+    assert Counter([await peer(dial, port) for _ in range(9)]) == {
+        "127.0.0.1": 3, "127.0.0.2": 3, "127.0.0.3": 3,
+    }  # fmt: skip
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_address_where_nobody_listens_is_passed_over(nursery: trio.Nursery) -> None:
+    port = await listen(nursery, say_hello, "127.0.0.2")
+    dial, _ = resolving("127.0.0.1", "127.0.0.2", "::1")
+
+    assert {await peer(dial, port) for _ in range(6)} == {"127.0.0.2"}
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_address_that_does_not_answer_holds_up_one_connection_only(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialled: list[tuple[float, str]] = []
+
+    async def connect_tcp(host: str, port: int) -> ByteStream:
+        dialled.append((trio.current_time(), host))
+        if host == "10.0.0.1":
+            await trio.sleep_forever()
+        return MemoryByteStream(trio.testing.memory_stream_pair()[0])
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect_tcp)
+
+    async def lookup(_: str) -> list[str]:
+        return ["10.0.0.1", "10.0.0.2"]
+
+    dial = make_connect(resolver=Resolver(ttl=10, lookup=lookup))
+    for _ in range(4):
+        await anyio.aclose_forcefully(await dial(Origin("http", "engine", 80)))
+
+    assert dialled == [(0, "10.0.0.1"), (0.25, "10.0.0.2")] + [(0.25, "10.0.0.2")] * 3
+
+
+async def test_no_address_that_answers_is_an_os_error_and_not_our_lack() -> None:
+    dial, _ = resolving("127.0.0.1", "127.0.0.2")
+    with trio.socket.socket() as held:
+        await held.bind(("0.0.0.0", 0))  # bound, not listening
+        with pytest.raises(OSError, match="All connection") as caught:
+            await peer(dial, held.getsockname()[1])
+
+    assert not is_our_own_lack(caught.value)
+
+
+async def test_a_connection_is_current_until_its_address_is_gone(nursery: trio.Nursery) -> None:
+    port = await listen(nursery, say_hello, "0.0.0.0")
+    dial, answer = resolving("127.0.0.1")
+    origin = Origin("http", "engine", port)
+    old = await dial(origin)
+    at_first = dial.is_current(old)
+    answer[:] = ["127.0.0.2"]
+    new = await dial(origin)
+
+    assert (at_first, dial.is_current(old), dial.is_current(new)) == (True, False, True)
+    for stream in (old, new):
+        await anyio.aclose_forcefully(stream)
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_origin_with_an_address_asks_no_name_server(nursery: trio.Nursery) -> None:
+    port = await listen(nursery, say_hello, "127.0.0.2")
+    dial, _ = resolving()
+    stream = await dial(Origin("http", "engine", port, address="127.0.0.2"))
+    async with stream:
+        assert await stream.receive() == b"hello"
+        assert dial.is_current(stream)
+    nursery.cancel_scope.cancel()
+
+
 async def test_a_closed_port_is_an_os_error_and_not_our_lack(nursery: trio.Nursery) -> None:
     with trio.socket.socket() as held:
         await held.bind(("127.0.0.1", 0))  # bound, not listening
@@ -131,9 +269,12 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-def speaking_tls(authority: trustme.CA, name: str) -> Handler:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert(name).configure_cert(context)
+def speaking_tls(
+    authority: trustme.CA, name: str, context: ssl.SSLContext | None = None
+) -> Handler:
+    if context is None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        authority.issue_cert(name).configure_cert(context)
 
     async def serve(stream: trio.SocketStream) -> None:
         tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
@@ -144,6 +285,120 @@ def speaking_tls(authority: trustme.CA, name: str) -> Handler:
             pass  # the client did not like us
 
     return serve
+
+
+@attrs.frozen
+class Files:
+    """What an administrator has on disk."""
+
+    ca: str
+    cert: str
+    key: str
+
+    @classmethod
+    def of(cls, directory: Path, authority: trustme.CA) -> Files:
+        issued = authority.issue_cert("gateway.example")
+        paths = [str(directory / name) for name in ("ca.pem", "cert.pem", "key.pem")]
+        authority.cert_pem.write_to_path(paths[0])
+        for number, blob in enumerate(issued.cert_chain_pems):
+            blob.write_to_path(paths[1], append=number > 0)
+        issued.private_key_pem.write_to_path(paths[2])
+        return cls(*paths)
+
+
+async def dial_tls(port: int, tls: TlsConfig, dial: Dialer | None = None) -> bytes:
+    stream = await (dial or make_connect())(Origin("https", "127.0.0.1", port, tls=tls))
+    async with stream:
+        assert stream.extra(TLSAttribute.alpn_protocol) in {None, "http/1.1"}
+        return await stream.receive()
+
+
+async def test_authorities_from_a_file_replace_the_systems(
+    authority: trustme.CA, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    port = await listen(nursery, speaking_tls(authority, "127.0.0.1"))
+    ours = Files.of(tmp_path, authority)
+
+    assert await dial_tls(port, TlsConfig(ca_file=ours.ca)) == b"hello"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await dial_tls(port, TlsConfig())
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_certificate_may_have_another_name_than_the_address(
+    authority: trustme.CA, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    port = await listen(nursery, speaking_tls(authority, "engine.example"))
+    ours = Files.of(tmp_path, authority)
+
+    named = TlsConfig(ca_file=ours.ca, server_name="engine.example")
+    assert await dial_tls(port, named) == b"hello"
+    with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+        await dial_tls(port, TlsConfig(ca_file=ours.ca))
+    nursery.cancel_scope.cancel()
+
+
+async def test_at_an_address_of_its_own_the_certificate_has_the_hosts_name(
+    authority: trustme.CA, nursery: trio.Nursery
+) -> None:
+    port = await listen(nursery, speaking_tls(authority, "engine.example"))
+    origin = Origin("https", "engine.example", port, address="127.0.0.1")
+    stream = await make_connect(trusting(authority))(origin)
+    async with stream:
+        assert await stream.receive() == b"hello"
+    nursery.cancel_scope.cancel()
+
+
+async def test_unverified_means_any_certificate(
+    authority: trustme.CA, nursery: trio.Nursery
+) -> None:
+    port = await listen(nursery, speaking_tls(authority, "other.example"))
+
+    assert await dial_tls(port, TlsConfig(insecure_skip_verify=True)) == b"hello"
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_expired_certificate_is_refused(
+    authority: trustme.CA, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1", not_after=past).configure_cert(context)
+    port = await listen(nursery, speaking_tls(authority, "127.0.0.1", context))
+    ours = Files.of(tmp_path, authority)
+
+    with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+        await dial_tls(port, TlsConfig(ca_file=ours.ca))
+    nursery.cancel_scope.cancel()
+
+
+async def test_our_own_certificate_is_shown_to_who_asks_for_it(
+    authority: trustme.CA, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    port = await listen(nursery, speaking_tls(authority, "127.0.0.1", context))
+    ours = Files.of(tmp_path, authority)
+
+    shown = TlsConfig(ca_file=ours.ca, cert_file=ours.cert, key_file=ours.key)
+    assert await dial_tls(port, shown) == b"hello"
+    with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError, OSError)):
+        await dial_tls(port, TlsConfig(ca_file=ours.ca))
+    nursery.cancel_scope.cancel()
+
+
+def test_a_context_is_made_once_for_each_setting(authority: trustme.CA, tmp_path: Path) -> None:
+    ours = Files.of(tmp_path, authority)
+    dial = make_connect()
+
+    one, other = (
+        dial.context_for(TlsConfig(ca_file=ours.ca, server_name=name)) for name in ("a", "b")
+    )
+    assert one is other
+    assert one is not dial.context_for(TlsConfig(ca_file=ours.ca, insecure_skip_verify=True))
+    assert dial.context_for(None) is dial.context_for(TlsConfig())
 
 
 async def hang_up(stream: trio.SocketStream) -> None:

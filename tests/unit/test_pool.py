@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import anyio.abc
 import pytest
@@ -25,11 +26,11 @@ ASK = http_request("POST", "/v1/chat/completions", {"stream": False})
 OK = engines.whole_chat("ok")
 
 
-def make_pool(net: MemoryNet, **settings: float) -> ConnectionPool:
+def make_pool(net: MemoryNet, **settings: Any) -> ConnectionPool:
     async def connect(origin: Origin) -> anyio.abc.ByteStream:
         return await net.connect(origin.host, origin.port)
 
-    return ConnectionPool(connect, **settings)  # type: ignore[arg-type]
+    return ConnectionPool(connect, **settings)
 
 
 def make_net(nursery: trio.Nursery, engine: ScriptedEngine) -> MemoryNet:
@@ -45,6 +46,24 @@ async def exchange(connection: Connection) -> bytes:
     while piece := await connection.read_body():
         body += piece
     return body
+
+
+async def test_a_connection_to_an_address_that_is_gone_is_closed_instead_of_used_again(
+    nursery: trio.Nursery,
+) -> None:
+    gone: set[object] = set()
+    net = make_net(nursery, ScriptedEngine())
+    pool = make_pool(net, is_current=lambda stream: stream not in gone)
+    old = await pool.acquire(UP)
+    await pool.release(old)
+    gone.add(old.stream)
+    new = await pool.acquire(UP)
+
+    assert new is not old
+    assert (pool.open_count, net.connections) == (1, 1)
+    await pool.release(new)
+    assert await pool.acquire(UP) is new
+    await pool.aclose()
 
 
 async def test_the_last_one_back_is_the_first_one_out(

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
+from citadel_gateway.policy.drawing import Urn
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.health_tracker import HealthTracker
-from citadel_gateway.policy.selection import cost_shares, make_picker
+from citadel_gateway.policy.picker import Picker
+from citadel_gateway.policy.selection import Share, evenly, make_picker, share_by_cost
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -36,9 +38,22 @@ def endpoint(
     return Endpoint(name, name, weight, 100, cost, breaker, tracker, in_flight=in_flight)
 
 
+def in_line(algorithm: str, endpoints: list[Endpoint], share: Share = evenly) -> Picker:
+    picker = make_picker(algorithm, random.Random(1), share)
+    for i, one in enumerate(endpoints):
+        picker.join(one, i / len(endpoints))
+    return picker
+
+
+def take(picker: Picker) -> Endpoint:
+    picked = picker.pick((), lambda _: True)
+    assert picked is not None
+    return picked
+
+
 def picks(algorithm: str, endpoints: list[Endpoint], count: int) -> list[str]:
-    picker = make_picker(algorithm, random.Random(1))
-    return [picker.pick(endpoints, {}).url for _ in range(count)]
+    picker = in_line(algorithm, endpoints)
+    return [take(picker).url for _ in range(count)]
 
 
 def test_round_robin_takes_turns() -> None:
@@ -69,20 +84,22 @@ def test_weighted_turns_are_exact_in_every_period(weights: list[int], scale: int
 
 def test_shares_change_the_turns() -> None:
     a, b = endpoint("a"), endpoint("b")
-    picker = make_picker("round_robin", random.Random(1))
+    picker = in_line("round_robin", [a, b], lambda e: 0.25 if e is a else 1.0)
 
-    turns = Counter(picker.pick([a, b], {a: 0.25}).url for _ in range(50))
+    turns = Counter(take(picker).url for _ in range(50))
 
     assert turns == {"a": 10, "b": 40}
 
 
 def test_an_endpoint_that_was_away_does_not_get_its_missed_turns_back() -> None:
     a, b = endpoint("a"), endpoint("b")
-    picker = make_picker("round_robin", random.Random(1))
+    picker = in_line("round_robin", [a, b])
+    picker.leave(b)
     for _ in range(1000):
-        picker.pick([a], {})
+        take(picker)
+    picker.join(b)
 
-    assert Counter(picker.pick([a, b], {}).url for _ in range(10)) == {"a": 5, "b": 5}
+    assert Counter(take(picker).url for _ in range(10)) == {"a": 5, "b": 5}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -117,6 +134,28 @@ def test_random_follows_the_weights() -> None:
     assert turns["a"] == pytest.approx(3000, abs=100)
 
 
+def test_chances_stay_exact_while_endpoints_leave_return_and_are_forgotten() -> None:
+    urn, rng = Urn(random.Random(1), lambda e: e.weight), random.Random(2)
+    endpoints = [endpoint(str(i), weight=1 + i) for i in range(9)]
+    inside: set[Endpoint] = set()
+    for _ in range(500):
+        one = rng.choice(endpoints)
+        if rng.random() < 0.5:
+            urn.put(one)
+            inside.add(one)
+        else:
+            rng.choice([urn.take, urn.forget])(one)
+            inside.discard(one)
+        drawn_now = urn.draw()
+        assert drawn_now in inside if inside else drawn_now is None
+    for one in endpoints:
+        urn.put(one)
+
+    drawn = Counter(urn.draw() for _ in range(9000))
+
+    assert drawn == pytest.approx({e: 200 * e.weight for e in endpoints}, rel=0.15)
+
+
 def test_cost_decides_before_load() -> None:
     cheap, dear = endpoint("cheap", cost=0.1, in_flight=9), endpoint("dear", cost=1.0)
 
@@ -127,9 +166,9 @@ def test_the_faster_one_is_picked_until_its_load_makes_up_for_it() -> None:
     fast, slow = endpoint("fast"), endpoint("slow")
     fast.latency.observe(1.0, 0.0)
     slow.latency.observe(3.0, 0.0)
-    picker, turns = make_picker("least_latency", random.Random(1)), []
+    picker, turns = in_line("least_latency", [slow, fast]), []
     for _ in range(6):
-        turns.append(picker.pick([slow, fast], {}))
+        turns.append(take(picker))
         turns[-1].in_flight += 1
 
     assert [e.url for e in turns] == ["fast", "fast", "slow", "fast", "fast", "fast"]
@@ -138,9 +177,9 @@ def test_the_faster_one_is_picked_until_its_load_makes_up_for_it() -> None:
 def test_an_unknown_endpoint_is_tried_by_one_request_and_not_by_all() -> None:
     known, unknown = endpoint("known"), endpoint("unknown")
     known.latency.observe(1.0, 0.0)
-    picker, turns = make_picker("least_latency", random.Random(1)), []
+    picker, turns = in_line("least_latency", [known, unknown]), []
     for _ in range(4):
-        turns.append(picker.pick([known, unknown], {}))
+        turns.append(take(picker))
         turns[-1].in_flight += 1
 
     assert [e.url for e in turns] == ["unknown", "known", "known", "known"]
@@ -149,11 +188,13 @@ def test_an_unknown_endpoint_is_tried_by_one_request_and_not_by_all() -> None:
 def test_a_hundredth_of_the_price_earns_ten_times_the_share() -> None:
     cheap, dear, free = endpoint("a", cost=0.01), endpoint("b", cost=1.0), endpoint("c")
 
-    assert cost_shares([cheap, dear, free]) == {cheap: 1.0, dear: pytest.approx(0.1), free: 1.0}
+    share = share_by_cost([0.01, 1.0, None])
+
+    assert [share(e) for e in (cheap, dear, free)] == [1.0, pytest.approx(0.1), 1.0]
 
 
-def test_without_prices_there_are_no_shares() -> None:
-    assert cost_shares([endpoint("a"), endpoint("b", cost=0.0)]) == {}
+def test_without_prices_all_have_the_same_share() -> None:
+    assert share_by_cost([None, 0.0]) is evenly
 
 
 def test_an_unknown_algorithm_is_an_error() -> None:

@@ -221,6 +221,8 @@ def events(*pieces: bytes, cut: bool = False) -> Script:
         ("http://up:8000/v1/", Origin("http", "up", 8000), "/v1"),
         ("http://[::1]:8000/a/b", Origin("http", "::1", 8000), "/a/b"),
         ("http://[::1]", Origin("http", "::1", 80), ""),
+        ("unix:/run/a.sock", Origin("http", "localhost", 80, socket="/run/a.sock"), ""),
+        ("unix:/run/a.sock:/v1", Origin("http", "localhost", 80, socket="/run/a.sock"), "/v1"),
     ],
 )
 def test_an_address_is_an_origin_and_a_path(url: str, origin: Origin, path: str) -> None:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Container, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 
 import attrs
 import httpx
 import trio
 
 from citadel_gateway.config.flat import AnyConfig, as_schema
-from citadel_gateway.config.schema import LoadBalancerConfig, ModelConfig
-from citadel_gateway.config.values import Capability
+from citadel_gateway.config.schema import EndpointConfig, ModelConfig
+from citadel_gateway.config.values import Capability, Resolve
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
+from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
-from citadel_gateway.io.target import Target
+from citadel_gateway.io.resolver import Resolver, is_address
+from citadel_gateway.io.target import Target, split_url
 from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.health_tracker import HealthTracker
-from citadel_gateway.policy.selection import Picker, Shares, cost_shares, make_picker
+from citadel_gateway.policy.picker import Picker
+from citadel_gateway.policy.roster import Roster
+from citadel_gateway.policy.selection import Share, evenly, make_picker, share_by_cost
 from citadel_gateway.policy.waitroom import Choice, Nobody
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
 
@@ -43,7 +50,7 @@ class Model:
 
     id: str
     config: ModelConfig
-    upstreams: tuple[Upstream, ...]
+    upstreams: list[Upstream]
 
     def can_answer(self, request: InferenceRequest) -> bool:
         return _CAPABILITY[request.kind] in self.config.capabilities
@@ -51,7 +58,18 @@ class Model:
     def can_hold(self, request: InferenceRequest) -> bool:
         """Whether prompt and answer fit its context, as far as can be told without a tokenizer."""
         window = self.config.context_window
-        return window is None or request.prompt_tokens + (request.max_tokens or 1) <= window
+        return window is None or _tokens_needed(request) <= window
+
+
+@attrs.define(eq=False)
+class Source:
+    """A name in the configuration each of whose addresses is an endpoint of its own."""
+
+    model: Model
+    config: EndpointConfig
+    origin: Origin
+    serving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
+    leaving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
 
 
 _CAPABILITY = {
@@ -66,37 +84,48 @@ class Group:
     """Endpoints that would do equally well, and whose turn it is among them."""
 
     name: str
-    upstreams: dict[Endpoint, Upstream]
+    models: tuple[Model, ...]
     picker: Picker
-    shares: Shares = attrs.field(factory=dict)
+    share: Share = evenly
+    upstreams: dict[Endpoint, Upstream] = attrs.field(factory=dict, init=False)
+    _roster: Roster = attrs.field(init=False)
 
-    def choose(self, tried: frozenset[Endpoint], now: float) -> Choice:
+    def __attrs_post_init__(self) -> None:
+        self._roster = Roster(self.picker)
+        self.add([upstream for model in self.models for upstream in model.upstreams])
+
+    def add(self, upstreams: Sequence[Upstream]) -> None:
+        self.upstreams |= {upstream.endpoint: upstream for upstream in upstreams}
+        self._roster.add(upstream.endpoint for upstream in upstreams)
+
+    def retire(self, upstream: Upstream) -> None:
+        """Give it nothing new; who is with it already still finds it here."""
+        self._roster.remove(upstream.endpoint)
+
+    def forget(self, upstream: Upstream) -> None:
+        self.upstreams.pop(upstream.endpoint, None)
+
+    def choose(self, tried: Container[Endpoint], now: float) -> Choice:
         """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
-        free, full = [], False
-        for endpoint in self.upstreams:
-            if endpoint in tried or not endpoint.is_available(now):
-                continue
-            if endpoint.has_room():
-                free.append(endpoint)
-            else:
-                full = True
-        if free:
-            return self.picker.pick(free, self.shares)
-        return None if full else Nobody(self.next_chance(now))
+        endpoint = self._roster.choose(tried, now)
+        if endpoint is not None:
+            return endpoint
+        if self._roster.is_any_full(tried, now):
+            return None
+        return Nobody(self.next_chance(now))
+
+    def preview(self, now: float) -> Endpoint | None:
+        """Who would be chosen now, asked of a copy, so that nobody's turn is used up."""
+        shared = {id(endpoint): endpoint for endpoint in self.upstreams}
+        return copy.deepcopy(self._roster, shared).choose((), now)
 
     def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether an endpoint that was not *tried* is available, with room or without."""
-        return any(e not in tried and e.is_available(now) for e in self.upstreams)
+        return self._roster.is_any_left(tried, now)
 
     def next_chance(self, now: float) -> float:
         """Seconds until an endpoint may be available again, as far as can be known."""
-        return min(
-            (
-                max(e.available_in(now), 0.0 if e.health.healthy else _NEXT_PROBE)
-                for e in self.upstreams
-            ),
-            default=_NEXT_PROBE,
-        )
+        return self._roster.next_chance(now, _NEXT_PROBE)
 
 
 @attrs.frozen
@@ -111,11 +140,20 @@ class LoadBalancer:
     """Knows every model and endpoint, and picks.
 
     :param rng: for random choices and jitter; seed it to repeat a run.
+    :param resolver: knows the addresses of names.
     """
 
-    def __init__(self, config: AnyConfig, *, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        config: AnyConfig,
+        *,
+        rng: random.Random | None = None,
+        resolver: Resolver | None = None,
+    ) -> None:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
+        self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
+        self.sources: list[Source] = []
         self.models = {
             str(name): self._make_model(name, model) for name, model in config.models.items()
         }
@@ -128,10 +166,71 @@ class LoadBalancer:
             name: self._make_group(name, [m]) for name, m in self.models.items()
         }
         self._auto_groups: dict[tuple[str, ...], Group] = {}
+        windows = {m.config.context_window for m in self.models.values()}
+        self._windows = sorted(window for window in windows if window is not None)
+        self._known_auto_groups: dict[tuple[Kind, int, str | None], Group] = {}
 
     @property
     def upstreams(self) -> list[Upstream]:
         return [upstream for model in self.models.values() for upstream in model.upstreams]
+
+    @property
+    def leaving(self) -> list[Upstream]:
+        """Those that get nothing new, and still have requests."""
+        return [upstream for source in self.sources for upstream in source.leaving.values()]
+
+    async def discover(self) -> None:
+        """Look up every name whose addresses are endpoints; those that fail stay as they are."""
+        async with trio.open_nursery() as nursery:
+            for source in self.sources:
+                nursery.start_soon(self._discover, source)
+
+    async def _discover(self, source: Source) -> None:
+        with suppress(OSError):
+            await self.resolver.addresses(source.origin.host)
+            self.update(source)
+
+    def update(self, source: Source) -> tuple[list[Upstream], list[Upstream]]:
+        """Let *source* have an endpoint for each address that is known of its name.
+
+        Returns those that are new, and those that get nothing from now on.
+        """
+        addresses = self.resolver.known(source.origin.host)
+        gone = [source.serving.pop(a) for a in list(source.serving) if a not in addresses]
+        new = []
+        for address in addresses:
+            if address not in source.serving:
+                upstream = source.leaving.pop(address, None) or self._make_upstream(source, address)
+                upstream.endpoint.health = self._unknown_health()  # to be probed before it is used
+                source.serving[address] = upstream
+                new.append(upstream)
+        for upstream in gone:
+            self._retire(source, upstream)
+        model = source.model
+        model.upstreams += new
+        for group in self._groups_of(model):
+            group.add(new)
+        return new, gone
+
+    def _retire(self, source: Source, upstream: Upstream) -> None:
+        endpoint, address = upstream.endpoint, upstream.target.origin.address or ""
+        source.model.upstreams.remove(upstream)
+        source.leaving[address] = upstream
+        for group in self._groups_of(source.model):
+            group.retire(upstream)
+
+        def forget_when_idle(_: Endpoint) -> None:
+            if endpoint.in_flight == 0 and source.leaving.get(address) is upstream:
+                del source.leaving[address]
+                for group in self._groups_of(source.model):
+                    group.forget(upstream)
+
+        endpoint.watchers.append(forget_when_idle)
+        forget_when_idle(endpoint)
+
+    def _groups_of(self, model: Model) -> list[Group]:
+        every = (*self._groups.values(), *self._auto_groups.values())
+        return [group for group in every if model in group.models]
 
     def resolve(self, name: str) -> Model | None:
         """The model called *name*, by its own name or by an alias."""
@@ -145,33 +244,33 @@ class LoadBalancer:
 
     async def _probe_and_list(self) -> list[str]:
         async with make_probe_client() as client:
-            await self.probe_once(self.make_checkers(client))
+            await self.probe_once(client)
         return self.available_models(trio.current_time())
 
-    async def probe_once(self, checkers: Mapping[Endpoint, HealthChecker]) -> None:
+    async def probe_once(self, client: httpx.AsyncClient) -> None:
         """One round of probes, as long as they may take."""
         longest = self.config.load_balancer.health_check_timeout + 1
-        await check_all(list(checkers.values()), longest)
+        with trio.move_on_after(longest):
+            await self.discover()
+        await check_all([self.make_checker(u, client) for u in self.upstreams], longest)
 
-    def make_checkers(
+    def make_checker(
         self,
+        upstream: Upstream,
         client: httpx.AsyncClient,
         on_flip: Callable[[Endpoint], None] = lambda _: None,
-    ) -> dict[Endpoint, HealthChecker]:
-        """A health checker for every endpoint; *on_flip* is told when one changes its mind."""
+    ) -> HealthChecker:
+        """Watches one endpoint; *on_flip* is told when it becomes well or ill."""
         balancing = self.config.load_balancer
-        return {
-            upstream.endpoint: HealthChecker(
-                endpoint=upstream.endpoint,
-                probe=upstream.probe,
-                client=client,
-                every=balancing.health_check_interval,
-                within=balancing.health_check_timeout,
-                on_flip=on_flip,
-                jitter=self._rng.random,
-            )
-            for upstream in self.upstreams
-        }
+        return HealthChecker(
+            endpoint=upstream.endpoint,
+            probe=upstream.probe,
+            client=client,
+            every=balancing.health_check_interval,
+            within=balancing.health_check_timeout,
+            on_flip=on_flip,
+            jitter=self._rng.random,
+        )
 
     def available_models(self, now: float) -> list[str]:
         """Models of which at least one endpoint would be given a request."""
@@ -195,7 +294,7 @@ class LoadBalancer:
             return self._plan_model(model.id, reason, request, key)
         if not routing.intelligent_routing:
             return self._plan_model(self.config.default_model(), "default_model", request, key)
-        group = self._auto_group(self._eligible(request, key))
+        group = self._auto_group(request, key)
         return Plan((group,), f"auto:{self.config.load_balancer.algorithm.value}")
 
     def larger_contexts(self, than: str, groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -236,68 +335,94 @@ class LoadBalancer:
         fitting = [m for m in able if m.can_hold(request)]
         if not fitting:
             raise invalid_request(
-                f"The request needs about {request.prompt_tokens + (request.max_tokens or 1)} "
+                f"The request needs about {_tokens_needed(request)} "
                 "tokens, more than any model's context window.",
                 param="messages" if request.kind is Kind.CHAT else "prompt",
                 code="context_length_exceeded",
             )
         return fitting
 
-    def _auto_group(self, models: list[Model]) -> Group:
+    def _auto_group(self, request: InferenceRequest, key: ApiKey | None) -> Group:
+        """Those who can take *request*; it is the same group for all that differ in little."""
+        size = bisect_left(self._windows, _tokens_needed(request))
+        kind = (request.kind, size, None if key is None else key.id)
+        group = self._known_auto_groups.get(kind)
+        if group is None:
+            group = self._known_auto_groups[kind] = self._group_of(self._eligible(request, key))
+        return group
+
+    def _group_of(self, models: list[Model]) -> Group:
         key = tuple(model.id for model in models)
         group = self._auto_groups.get(key)
         if group is None:
-            group = self._auto_groups[key] = self._make_group(AUTO, models)
+            share: Share = evenly
             if self.config.gateway.cost_optimization_enabled:
-                group.shares = cost_shares(list(group.upstreams))
+                share = share_by_cost(_cost(model.config) for model in models)
+            group = self._auto_groups[key] = self._make_group(AUTO, models, share)
         return group
 
-    def _make_group(self, name: str, models: list[Model]) -> Group:
-        upstreams = {u.endpoint: u for model in models for u in model.upstreams}
-        return Group(
-            name, upstreams, make_picker(self.config.load_balancer.algorithm.value, self._rng)
-        )
+    def _make_group(self, name: str, models: list[Model], share: Share = evenly) -> Group:
+        algorithm = self.config.load_balancer.algorithm.value
+        return Group(name, tuple(models), make_picker(algorithm, self._rng, share), share)
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:
-        balancing = self.config.load_balancer
-        jitter = self._rng.random
-        return Model(name, config, tuple(_make_upstreams(name, config, balancing, jitter)))
+        model = Model(name, config, [])
+        for endpoint in config.all_endpoints():
+            origin, _ = split_url(endpoint.url)
+            if origin.scheme == "https":
+                origin = attrs.evolve(origin, tls=endpoint.tls)
+            source = Source(model, endpoint, origin)
+            if (
+                endpoint.resolve is Resolve.EACH
+                and not origin.socket
+                and not is_address(origin.host)
+            ):
+                self.sources.append(source)
+            else:
+                model.upstreams.append(self._make_upstream(source))
+        return model
 
-
-def _make_upstreams(
-    name: str,
-    model: ModelConfig,
-    balancing: LoadBalancerConfig,
-    jitter: Callable[[], float],
-) -> list[Upstream]:
-    policy = BreakerPolicy(
-        threshold=balancing.circuit_breaker_threshold,
-        rest=balancing.circuit_breaker_timeout,
-        failure_ratio=balancing.circuit_breaker_failure_ratio,
-        window=balancing.circuit_breaker_window,
-        min_requests=balancing.circuit_breaker_min_requests,
-    )
-    cost = model.cost_per_request if model.cost_per_request is not None else model.cost_per_hour
-    upstreams = []
-    for config in model.all_endpoints():
+    def _make_upstream(self, source: Source, address: str | None = None) -> Upstream:
+        """The endpoint of *source*, or the one at *address*."""
+        model, config = source.model, source.config
+        origin = attrs.evolve(source.origin, address=address)
+        engine = config.engine or model.config.engine
         endpoint = Endpoint(
-            model=name,
-            url=config.url,
-            weight=config.weight or model.weight,
-            max_concurrent=config.max_concurrent or model.max_concurrent,
-            cost=cost,
-            breaker=CircuitBreaker(policy, jitter),
-            health=HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after),
+            model=model.id,
+            url=config.url if address is None else f"{config.url} [{address}]",
+            weight=config.weight or model.config.weight,
+            max_concurrent=config.max_concurrent or model.config.max_concurrent,
+            cost=_cost(model.config),
+            breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
+            health=self._unknown_health(),
         )
-        engine = config.engine or model.engine
-        upstreams.append(
-            Upstream(
-                endpoint=endpoint,
-                target=Target.of(config.url, config.api_key),
-                probe=Probe.of(config.url, engine.value, config.api_key),
-            )
+        return Upstream(
+            endpoint=endpoint,
+            target=Target.of(config.url, config.api_key, origin),
+            probe=Probe.of(config.url, engine.value, config.api_key, origin),
         )
-    return upstreams
+
+    def _breaker_policy(self) -> BreakerPolicy:
+        balancing = self.config.load_balancer
+        return BreakerPolicy(
+            threshold=balancing.circuit_breaker_threshold,
+            rest=balancing.circuit_breaker_timeout,
+            failure_ratio=balancing.circuit_breaker_failure_ratio,
+            window=balancing.circuit_breaker_window,
+            min_requests=balancing.circuit_breaker_min_requests,
+        )
+
+    def _unknown_health(self) -> HealthTracker:
+        balancing = self.config.load_balancer
+        return HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after)
+
+
+def _tokens_needed(request: InferenceRequest) -> int:
+    return request.prompt_tokens + (request.max_tokens or 1)
+
+
+def _cost(model: ModelConfig) -> float | None:
+    return model.cost_per_hour if model.cost_per_request is None else model.cost_per_request
 
 
 def _cannot_answer(model: str, kind: Kind) -> GatewayError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from datetime import UTC, datetime
 from typing import Any
 
@@ -145,7 +144,7 @@ def _candidate(group: Group, upstream: Upstream, now: float) -> Json:
         "max_concurrent": endpoint.max_concurrent,
         "weight": endpoint.weight,
         "cost": endpoint.cost,
-        "cost_share": round(group.shares.get(endpoint, 1.0), 4),
+        "cost_share": round(group.share(endpoint), 4),
         "latency_seconds": round(endpoint.latency.value, 6),
     }
 
@@ -163,10 +162,5 @@ def _why_not(endpoint: Endpoint, now: float) -> str | None:
 
 
 def _preview(group: Group, now: float) -> Json | None:
-    """Who would be picked, asked of a copy, so that nobody's turn is used up."""
-    shared = {id(endpoint): endpoint for endpoint in group.upstreams}
-    twin = Group(group.name, group.upstreams, copy.deepcopy(group.picker, shared), group.shares)
-    choice = twin.choose(frozenset(), now)
-    if not isinstance(choice, Endpoint):
-        return None
-    return {"model": choice.model, "endpoint": choice.url}
+    choice = group.preview(now)
+    return None if choice is None else {"model": choice.model, "endpoint": choice.url}

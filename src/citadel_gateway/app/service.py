@@ -24,17 +24,18 @@ from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import MONITORING, PROBED, make_quart_app
 from citadel_gateway.app.server import Address, Server
+from citadel_gateway.app.watch import Watch
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.deadlines import Deadlines
-from citadel_gateway.io.dial import Connect, make_connect
-from citadel_gateway.io.health_monitoring import check_all
+from citadel_gateway.io.dial import Connect, Dialer, make_connect
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.metrics import Levels, Metrics
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
+from citadel_gateway.io.resolver import Resolver
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
 from citadel_gateway.io.transport import make_probe_client
@@ -58,6 +59,7 @@ class UnifiedAPIGatewayService:
 
     :param config: from ``load_config``, or a ``UnifiedAPIGatewayConfig``.
     :param connect: opens streams to endpoints; replace it to run over in-memory streams.
+    :param resolver: knows the addresses of names; replace it to run without a name server.
     :param rng: for random choices and jitter; seed it to repeat a run.
     :param log: where log lines go; standard error by default.
     """
@@ -67,6 +69,7 @@ class UnifiedAPIGatewayService:
         config: AnyConfig,
         *,
         connect: Connect | None = None,
+        resolver: Resolver | None = None,
         rng: random.Random | None = None,
         log: JsonLog | None = None,
     ) -> None:
@@ -80,8 +83,10 @@ class UnifiedAPIGatewayService:
         self._cutting = False
         self._servers: list[Server] = []
         self._breaker_news = trio.Event()
-        self.balancer = LoadBalancer(self.config, rng=rng)
-        self.pool = ConnectionPool(connect or make_connect(), clock=trio.current_time)
+        self.resolver = resolver or Resolver(ttl=self.config.load_balancer.dns_ttl)
+        self.resolver.on_trouble = self._note_name_trouble
+        self.balancer = LoadBalancer(self.config, rng=rng, resolver=self.resolver)
+        self.pool = self._make_pool(connect)
         self.admission = Admission(
             Waitroom(
                 seats=self.config.performance.max_concurrent_requests,
@@ -94,13 +99,20 @@ class UnifiedAPIGatewayService:
         self.metrics = Metrics(self._levels)
         self.doorkeeper = Doorkeeper(self.config, self.metrics.rejected)
         probe_client = make_probe_client(self.pool)
-        self._checkers = self.balancer.make_checkers(probe_client, self._note_flip)
+        self.watch = Watch(
+            balancer=self.balancer,
+            client=probe_client,
+            on_flip=self._note_flip,
+            on_arrival=self._note_arrival,
+            on_crash=self._note_background_crash,
+        )
+        self.resolver.on_change = self.watch.note_change
         self.orchestrator = GatewayOrchestrator(
             balancer=self.balancer,
             admission=self.admission,
             client=UpstreamClient(self.pool, self.deadlines, self.pump),
             metrics=self.metrics,
-            suspect=lambda endpoint: self._checkers[endpoint].suspect(),
+            suspect=self.watch.suspect,
         )
         relay = Relay(
             doorkeeper=self.doorkeeper,
@@ -133,7 +145,7 @@ class UnifiedAPIGatewayService:
         # Over connections of their own: the service's pool must still be good for `run`.
         pool = ConnectionPool(self.pool.connect, clock=trio.current_time)
         async with make_probe_client(pool) as client:
-            await self.balancer.probe_once(self.balancer.make_checkers(client))
+            await self.balancer.probe_once(client)
         return self.reports.health(trio.current_time())
 
     # Living and dying.
@@ -153,16 +165,12 @@ class UnifiedAPIGatewayService:
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._note_background_crash)
                 )
-            await check_all(list(self._checkers.values()), _FIRST_ROUND)
-            for checker in self._checkers.values():
-                background.start_soon(
-                    partial(
-                        supervise,
-                        checker.watch,
-                        name=f"health of {checker.endpoint.url}",
-                        on_crash=self._note_background_crash,
-                    )
+            await self.watch.look_once(_FIRST_ROUND)
+            background.start_soon(
+                partial(
+                    supervise, self.watch.run, name="watch", on_crash=self._note_background_crash
                 )
+            )
             try:
                 yield
             finally:
@@ -241,6 +249,7 @@ class UnifiedAPIGatewayService:
         return {
             "upkeep": self._run_upkeep,
             "breaker timers": self._run_breaker_timers,
+            "names": self.resolver.run,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
             "pump": self.pump.run,
@@ -255,17 +264,19 @@ class UnifiedAPIGatewayService:
             self.admission.pump()
             if trio.current_time() >= forget_at:
                 self.doorkeeper.limiter.forget_full(trio.current_time())
+                known = {endpoint.url for endpoint in self._levels().endpoints}
+                self.metrics.forget_absent(known, trio.current_time())
                 forget_at += _FORGET
 
     async def _run_breaker_timers(self) -> None:
         """Note when breakers have rested, and call those who wait for their endpoints."""
         while True:
-            ends = [e.breaker.opens_again_at() for e in self._checkers]
+            ends = [e.breaker.opens_again_at() for e in self.watch]
             soonest = min((end for end in ends if end is not None), default=float("inf"))
             with trio.move_on_at(soonest):
                 await self._breaker_news.wait()
             self._breaker_news = trio.Event()
-            for endpoint in self._checkers:
+            for endpoint in self.watch:
                 transition = endpoint.breaker.ripen(trio.current_time())
                 if transition is not None:
                     self._note_transition(endpoint, transition)
@@ -321,6 +332,48 @@ class UnifiedAPIGatewayService:
         )
         self.admission.pump()
 
+    def _note_arrival(self, endpoint: Endpoint, has_come: bool) -> None:
+        self.log.event(
+            logging.INFO,
+            "endpoint",
+            model=endpoint.model,
+            endpoint=endpoint.url,
+            known="from now on" if has_come else "no longer: its name has lost the address",
+        )
+
+    def _note_name_trouble(self, host: str, error: OSError | None) -> None:
+        if error is None:
+            self.log.event(logging.INFO, "the name can be looked up again", host=host)
+            return
+        self.log.event(
+            logging.WARNING,
+            "the name cannot be looked up; its last addresses stay in use",
+            host=host,
+            error=str(error),
+        )
+
+    def _make_pool(self, connect: Connect | None) -> ConnectionPool:
+        if connect is not None:
+            return ConnectionPool(connect, clock=trio.current_time)
+        dialer = self._make_dialer()
+        return ConnectionPool(dialer, clock=trio.current_time, is_current=dialer.is_current)
+
+    def _make_dialer(self) -> Dialer:
+        """TLS settings are read now, so that a bad file does not wait for the first request."""
+        dialer = make_connect(resolver=self.resolver)
+        for model in self.config.models.values():
+            for endpoint in model.all_endpoints():
+                if not endpoint.url.startswith("https:"):
+                    continue
+                dialer.context_for(endpoint.tls)
+                if endpoint.tls is not None and endpoint.tls.insecure_skip_verify:
+                    self.log.event(
+                        logging.WARNING,
+                        "certificates are not verified (insecure_skip_verify)",
+                        endpoint=endpoint.url,
+                    )
+        return dialer
+
     def note_crash(self, where: str, exc: Exception) -> None:
         """An exception was caught at a boundary: a bug, to be counted and written down."""
         self.metrics.crashed(where)
@@ -350,7 +403,7 @@ class UnifiedAPIGatewayService:
     def _levels(self) -> Levels:
         waitroom = self.admission.waitroom
         return Levels(
-            endpoints=tuple(u.endpoint for u in self.balancer.upstreams),
+            endpoints=tuple(u.endpoint for u in (*self.balancer.upstreams, *self.balancer.leaving)),
             queue_depths={q: waitroom.depth(q) for q in (*self.balancer.models, AUTO)},
             in_flight=waitroom.taken,
             connections=sum(s.open_connections for s in self._servers),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from citadel_gateway.config import values as v
 from citadel_gateway.config.problems import cut, show, suggestion
@@ -20,6 +20,7 @@ from citadel_gateway.config.problems import cut, show, suggestion
 Hook = Callable[[Any, Any], Any]
 
 _HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f]*:[0-9a-f:.]+")
+_LONGEST_SOCKET = 107  # bytes, on Linux
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -88,11 +89,14 @@ def name_hook(raw: Any, _: Any) -> str:
 def _url(raw: Any, _: Any) -> str:
     if not isinstance(raw, str):
         raise TypeError(f"{show(raw)} is not a URL")
+    is_socket = raw.startswith(("unix:", "http+unix://"))
     # First, as they may hold a credential that the later messages would repeat.
-    if "@" in raw:
+    if "@" in raw and not is_socket:
         raise ValueError("has an '@': credentials belong in api_key, not in the URL")
     if "?" in raw or "#" in raw:
         raise ValueError("has a query or a fragment, which a base address cannot have")
+    if is_socket:
+        return _unix_url(raw)
     try:
         parts = urlsplit(raw)
         host, port = parts.hostname or "", parts.port
@@ -101,12 +105,29 @@ def _url(raw: Any, _: Any) -> str:
     except ValueError as exc:
         raise ValueError(f"{show(raw)} is not a URL: {exc}") from None
     if parts.scheme not in ("http", "https"):
-        raise ValueError(f"{show(raw)} does not begin with http:// or https://")
+        raise ValueError(f"{show(raw)} does not begin with http://, https:// or unix:/")
     if not re.fullmatch(r"[\x21-\x7e]+", raw) or not _HOST.fullmatch(host):
         raise ValueError(f"{show(raw)} is not a URL: no valid host, or a stray character")
     if port == 0 or parts.netloc.endswith(":"):
         raise ValueError(f"{show(raw)} has no valid port")
     return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
+
+
+def _unix_url(raw: str) -> str:
+    """``unix:/run/a.sock:/base``, also for ``http+unix://%2Frun%2Fa.sock/base``."""
+    if raw.startswith("unix:"):
+        path, colon, base = raw.removeprefix("unix:").partition(":")
+    else:
+        host, slash, base = raw.removeprefix("http+unix://").partition("/")
+        path, colon, base = unquote(host), slash, slash + base
+    if not re.fullmatch(r"(/[^/:]+)+", path) or not re.fullmatch(r"[!-~]+", path):
+        raise ValueError(f"{show(raw)} has no absolute path of a socket, as in unix:/run/vllm.sock")
+    if len(path) > _LONGEST_SOCKET:
+        raise ValueError(f"the socket's path is longer than {_LONGEST_SOCKET} bytes")
+    if colon and not re.fullmatch(r"/[!-~]*", base):
+        raise ValueError(f"{show(raw)} has no path behind the socket, as in unix:/run/a.sock:/base")
+    base = base.rstrip("/")
+    return f"unix:{path}:{base}" if base else f"unix:{path}"
 
 
 def _url_path(raw: Any, _: Any) -> str:

@@ -34,7 +34,10 @@ _VALUES: Mapping[Any, Schema] = {
     v.Rate: {"type": "number", "exclusiveMinimum": 0},
     v.Cost: {"type": "number", "minimum": 0},
     v.Ratio: {"type": "number", "minimum": 0, "maximum": 1},
-    v.Url: {"type": "string", "pattern": "^https?://[^@?#\\s]+$"},
+    v.Url: {
+        "type": "string",
+        "pattern": "^(https?://[^@?#\\s]+|unix:/[^?#\\s]+|http\\+unix://%2[Ff][^?#\\s]+)$",
+    },
     v.UrlPath: {"type": "string", "pattern": "^(/[A-Za-z0-9._~-]+)+$"},
     v.Name: {"type": "string", "pattern": "^\\S+$", "maxLength": 128},
     v.Secret: {"type": "string", "minLength": 1},

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from citadel_gateway.config.problems import Problem, Steps, suggestion
-from citadel_gateway.config.schema import GatewayConfigSchema, ModelConfig, ServiceConfig
+from citadel_gateway.config.schema import (
+    GatewayConfigSchema,
+    ModelConfig,
+    ServiceConfig,
+    TlsConfig,
+)
+from citadel_gateway.config.values import Resolve, Url
 
 AUTO = "auto"
 
@@ -61,11 +69,70 @@ def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> 
         if endpoint.url in seen:
             yield Problem((*path, "endpoints", index, "url"), f"{endpoint.url} is there twice")
         seen.add(endpoint.url)
+    yield from _reach_rules(path, model)
     for index, fallback in enumerate(model.fallbacks):
         where = (*path, "fallbacks", index)
         if fallback == name:
             yield Problem(where, "a model cannot be its own fallback")
         yield from _must_be_models(config, where, [fallback])
+
+
+def _reach_rules(path: Steps, model: ModelConfig) -> Iterator[Problem]:
+    """TLS is for https, and only names have addresses."""
+    urls = [e.url for e in model.all_endpoints()]
+    places: list[tuple[Steps, TlsConfig, Resolve | None, list[Url]]] = [
+        (path, model.tls, model.resolve, urls)
+    ]
+    for index, endpoint in enumerate(model.endpoints):
+        where = (*path, "endpoints", index)
+        places.append((where, endpoint.tls or TlsConfig(), endpoint.resolve, [endpoint.url]))
+    for where, tls, resolve, reached in places:
+        if tls != TlsConfig():
+            if not any(url.startswith("https:") for url in reached):
+                yield Problem((*where, "tls"), "needs a URL that begins with https://")
+            yield from _file_rules((*where, "tls"), tls)
+        if resolve is Resolve.EACH and reached and not any(map(_has_name, reached)):
+            yield Problem((*where, "resolve"), "'each' needs a URL with a name in it")
+
+
+def _has_name(url: str) -> bool:
+    host = urlsplit(url).hostname
+    if host is None:
+        return False
+    try:
+        ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
+def _file_rules(path: Steps, tls: TlsConfig) -> Iterator[Problem]:
+    if tls.cert_file and not tls.key_file:
+        yield Problem((*path, "key_file"), "is required with cert_file")
+    if tls.key_file and not tls.cert_file:
+        yield Problem((*path, "cert_file"), "is required with key_file")
+    unreadable = [
+        name
+        for name in ("ca_file", "cert_file", "key_file")
+        if (file := getattr(tls, name)) and not os.access(file, os.R_OK)
+    ]
+    for name in unreadable:
+        missing = getattr(tls, name)
+        yield Problem((*path, name), f"there is no file {missing!r} that can be read")
+    if unreadable:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if tls.ca_file:
+        try:
+            context.load_verify_locations(tls.ca_file)
+        except OSError:
+            yield Problem((*path, "ca_file"), f"{tls.ca_file!r} holds no PEM certificates")
+    if tls.cert_file and tls.key_file:
+        try:
+            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+        except (OSError, ValueError) as exc:
+            why = getattr(exc, "reason", None) or "not PEM, or with a password"
+            yield Problem((*path, "cert_file"), f"is no certificate with key_file's key: {why}")
 
 
 def _key_rules(config: GatewayConfigSchema) -> Iterator[Problem]:

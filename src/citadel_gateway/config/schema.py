@@ -25,6 +25,7 @@ from citadel_gateway.config.values import (
     Port,
     Rate,
     Ratio,
+    Resolve,
     RetryAmbiguous,
     Room,
     Seconds,
@@ -144,6 +145,10 @@ class LoadBalancerConfig:
     retry_budget_floor: Rate = option(
         Rate(3.0), "Retries a second that are allowed on top of the ratio."
     )
+    dns_ttl: Seconds = option(
+        Seconds(10.0),
+        "Names of endpoints are looked up again after it; the system tells no time to live.",
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -158,16 +163,36 @@ class TimeoutsConfig:
 
 
 @attrs.frozen(kw_only=True)
+class TlsConfig:
+    """TLS to endpoints whose URL begins with https; certificates are verified."""
+
+    ca_file: str | None = option(None, "PEM certificates to trust instead of the system's.")
+    server_name: str | None = option(
+        None, "Name that the endpoint's certificate must have; default: the URL's host."
+    )
+    cert_file: str | None = option(None, "PEM certificate chain to show to the endpoint.")
+    key_file: str | None = option(None, "PEM key of cert_file.")
+    insecure_skip_verify: bool = option(
+        False, "Accept any certificate: whoever can get in between can then read everything."
+    )
+
+
+@attrs.frozen(kw_only=True)
 class EndpointConfig:
     """One server that answers for a model."""
 
-    url: Url = required("Base address; /v1 is appended unless the path already ends in /v1.")
+    url: Url = required(
+        "Base address: http://..., https://..., or unix:/path/of.sock with :/path behind it where "
+        "there is one; /v1 is appended unless the path already ends in /v1."
+    )
     weight: Weight | None = option(None, "Share of the load; default: the model's.")
     max_concurrent: Count | None = option(
         None, "Requests it works on at once; default: the model's."
     )
     api_key: Secret | None = secret("Sent as a bearer token; default: the model's.")
     engine: Engine | None = option(None, "Default: the model's.")
+    resolve: Resolve | None = option(None, "Default: the model's.")
+    tls: TlsConfig | None = option(None, "Default: the model's.")
 
 
 @attrs.frozen(kw_only=True)
@@ -192,6 +217,11 @@ class ModelConfig:
     timeouts: TimeoutsConfig = option(TimeoutsConfig(), "This model's clocks.")
     engine: Engine = option(Engine.AUTO, "What serves it.")
     api_key: Secret | None = secret("Sent to the endpoints as a bearer token.")
+    resolve: Resolve = option(
+        Resolve.TOGETHER,
+        "Where a name has several addresses: one endpoint together, or each one of its own.",
+    )
+    tls: TlsConfig = option(TlsConfig(), "How to speak TLS to the endpoints.")
 
     def all_endpoints(self) -> tuple[EndpointConfig, ...]:
         """Every endpoint with the model's own values filled in; the short form counts as one."""
@@ -205,6 +235,8 @@ class ModelConfig:
                 max_concurrent=e.max_concurrent or self.max_concurrent,
                 api_key=e.api_key or self.api_key,
                 engine=e.engine or self.engine,
+                resolve=e.resolve or self.resolve,
+                tls=e.tls or self.tls,
             )
             for e in listed
         )

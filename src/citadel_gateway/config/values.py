@@ -37,7 +37,10 @@ Ratio = NewType("Ratio", float)
 """A number from 0 to 1."""
 
 Url = NewType("Url", str)
-"""``http://host[:port][/path]`` or ``https://...``, without credentials, query or fragment."""
+"""``http://host[:port][/path]``, ``https://...``, or ``unix:/path/of.sock[:/path]``.
+
+Without credentials, query or fragment.
+"""
 
 UrlPath = NewType("UrlPath", str)
 """An absolute path such as ``/health``."""
@@ -80,6 +83,13 @@ class Engine(enum.Enum):
     OLLAMA = "ollama"
     TGI = "tgi"
     OPENAI = "openai"
+
+
+class Resolve(enum.Enum):
+    """What the addresses of a name are: one endpoint together, or each an endpoint of its own."""
+
+    TOGETHER = "together"
+    EACH = "each"
 
 
 class Capability(enum.Enum):

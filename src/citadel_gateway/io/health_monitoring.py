@@ -10,7 +10,9 @@ import attrs
 import httpx
 import trio
 
-from citadel_gateway.io.dial import is_our_own_lack
+from citadel_gateway.io.dial import Origin, is_our_own_lack
+from citadel_gateway.io.target import split_url
+from citadel_gateway.io.transport import ORIGIN
 from citadel_gateway.policy.endpoint import Endpoint
 
 _MOST_READ = 64 * 1024
@@ -30,16 +32,23 @@ _NO_SUCH_ROUTE = frozenset({404, 405, 501})
 
 @attrs.frozen(kw_only=True)
 class Probe:
-    """How to ask one endpoint: the addresses to try, in order, and the key to show."""
+    """How to ask one endpoint: the addresses to try, in order, and the key to show.
+
+    :param origin: where connections go; the URLs only say what is asked there.
+    """
 
     urls: tuple[str, ...]
     headers: dict[str, str] = attrs.field(repr=False)  # the key is in them
+    origin: Origin
 
     @classmethod
-    def of(cls, url: str, engine: str, api_key: str | None) -> Probe:
-        root = url.removesuffix("/v1")
+    def of(cls, url: str, engine: str, api_key: str | None, origin: Origin | None = None) -> Probe:
+        usual, base = split_url(url)
+        origin = origin or usual
+        root = f"{origin.scheme}://{origin.authority.decode()}{base.removesuffix('/v1')}"
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        return cls(urls=tuple(root + path for path in _PATHS[engine]), headers=headers)
+        urls = tuple(root + path for path in _PATHS[engine])
+        return cls(urls=urls, headers=headers, origin=origin)
 
 
 class NothingLearnt(Exception):
@@ -54,7 +63,7 @@ async def ask(client: httpx.AsyncClient, probe: Probe, within: float) -> str | N
     try:
         with trio.fail_after(within):
             for url in probe.urls:
-                status = await _status(client, url, probe.headers)
+                status = await _status(client, url, probe)
                 if status not in _NO_SUCH_ROUTE:
                     return _complaint(status)
     except trio.TooSlowError:
@@ -66,8 +75,9 @@ async def ask(client: httpx.AsyncClient, probe: Probe, within: float) -> str | N
     return None  # it speaks HTTP, and has no health route to ask
 
 
-async def _status(client: httpx.AsyncClient, url: str, headers: dict[str, str]) -> int:
-    async with client.stream("GET", url, headers=headers) as response:
+async def _status(client: httpx.AsyncClient, url: str, probe: Probe) -> int:
+    asking = client.stream("GET", url, headers=probe.headers, extensions={ORIGIN: probe.origin})
+    async with asking as response:
         length = response.headers.get("content-length", "")
         if length.isdecimal() and int(length) <= _MOST_READ:
             async for _ in response.aiter_raw():
@@ -111,7 +121,7 @@ class HealthChecker:
             error = await ask(self.client, self.probe, self.within)
         except NothingLearnt:
             return
-        if self.endpoint.health.observe(error, trio.current_time()):
+        if self.endpoint.probed(error, trio.current_time()):
             self.on_flip(self.endpoint)
 
     async def watch(self) -> NoReturn:

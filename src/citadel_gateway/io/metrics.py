@@ -6,17 +6,24 @@ number of series is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterator, Set
+from weakref import WeakKeyDictionary
 
 import attrs
 import trio
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.registry import Collector
 
 from citadel_gateway.io.record import Outcome, RequestRecord
-from citadel_gateway.io.tallies import Counts, Distributions
+from citadel_gateway.io.series import (
+    Counters,
+    Histograms,
+    head,
+    label_text,
+    number,
+)
 from citadel_gateway.policy.circuit_breaker import State, Transition
 from citadel_gateway.policy.endpoint import Endpoint
 
@@ -30,6 +37,9 @@ _FIRST_TOKEN = (
 _DURATION = tuple(0.01 * 2**n for n in range(17))
 _QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKENS = tuple(4.0**n for n in range(14))
+
+_SLICE = 0.0004  # seconds that making a page may hold the event loop in one go
+_REMEMBERED = 300.0  # seconds that an endpoint's counts outlive it
 
 BREAKER_LEVEL = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 
@@ -49,154 +59,153 @@ class Levels:
 
 
 class Metrics:
-    """All metrics of one gateway, with a registry of their own.
+    """All metrics of one gateway.
 
-    :param read: returns the levels; called once for each scrape, in the event loop.
+    :param read: returns the levels; called once for each page, in the event loop.
     """
 
     def __init__(self, read: Callable[[], Levels]) -> None:
         self._read = read
-        self.registry = r = CollectorRegistry()
-        self._levels = _LevelCollector(read())
-        r.register(self._levels)
-        ProcessCollector(registry=r)
-        GCCollector(registry=r)
-        self._requests = Counts(
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        GCCollector(registry=self._process)
+        self._requests = Counters(
             "citadel_gateway_requests", "Requests that ended, by how they ended.",
-            ("model", "endpoint", "outcome"),
+            ["model", "endpoint", "outcome"],
         )  # fmt: skip
-        self._attempts = Counts(
+        self._attempts = Counters(
             "citadel_gateway_attempts", "Requests sent to endpoints.",
-            ("model", "endpoint", "result"),
+            ["model", "endpoint", "result"],
         )  # fmt: skip
-        self._overhead = Distributions(
+        self._overheads = Histograms(
             "citadel_gateway_overhead_seconds",
-            "Latency that the gateway itself added until its answer began.", _OVERHEAD,
+            "Latency that the gateway itself added until its answer began.",
+            buckets=_OVERHEAD,
         )  # fmt: skip
-        self._first_token = Distributions(
+        self._overhead = self._overheads.labels()
+        self._first_token = Histograms(
             "citadel_gateway_time_to_first_token_seconds",
-            "Arrival of a request to the first content of its stream.", _FIRST_TOKEN, ("model",),
+            "Arrival of a request to the first content of its stream.",
+            ["model"], buckets=_FIRST_TOKEN,
+            also=("gen_ai_server_time_to_first_token_seconds", ["gen_ai_request_model"]),
         )  # fmt: skip
-        self._duration = Distributions(
+        self._duration = Histograms(
             "citadel_gateway_request_duration_seconds", "Arrival of a request to its end.",
-            _DURATION, ("model",),
+            ["model"], buckets=_DURATION,
+            also=("gen_ai_server_request_duration_seconds", ["gen_ai_request_model"]),
         )  # fmt: skip
-        self._tokens = Counts(
-            "citadel_gateway_tokens", "Tokens, as the engines count them.", ("model", "kind"),
+        self._tokens = Counters(
+            "citadel_gateway_tokens", "Tokens, as the engines count them.",
+            ["model", "kind"],
         )  # fmt: skip
-        self._token_usage = Distributions(
+        self._token_usage = Histograms(
             "gen_ai_client_token_usage", "Tokens of one request (OpenTelemetry's name).",
-            _TOKENS, ("gen_ai_request_model", "gen_ai_token_type"),
+            ["gen_ai_request_model", "gen_ai_token_type"], buckets=_TOKENS,
         )  # fmt: skip
-        self._queue_wait = Distributions(
+        self._queue_wait = Histograms(
             "citadel_gateway_queue_wait_seconds", "Waiting for a slot, of requests that waited.",
-            _QUEUE, ("model",),
+            ["model"], buckets=_QUEUE,
         )  # fmt: skip
-        self._cancellations = Counts(
+        self._cancellations = Counters(
             "citadel_gateway_cancellations", "Requests whose client left, by when it left.",
-            ("phase",),
+            ["phase"],
         )  # fmt: skip
-        self._rejections = Counts(
-            "citadel_gateway_limiter_rejections", "Requests refused by a rate limit.", ("limit",),
+        self._rejections = Counters(
+            "citadel_gateway_limiter_rejections", "Requests refused by a rate limit.",
+            ["limit"],
         )  # fmt: skip
-        self._transitions = Counts(
+        self._transitions = Counters(
             "citadel_gateway_breaker_transitions", "Changes of a breaker.",
-            ("model", "endpoint", "to"),
+            ["model", "endpoint", "to"],
         )  # fmt: skip
-        self._malformed = Counts(
-            "citadel_gateway_malformed_events", "Events that were not JSON, dropped.", ("model",),
+        self._malformed = Counters(
+            "citadel_gateway_malformed_events", "Events that were not JSON, dropped.",
+            ["model"],
         )  # fmt: skip
-        self._crashes = Counts(
-            "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.", ("where",),
+        self._crashes = Counters(
+            "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
+            ["where"],
         )  # fmt: skip
-        for family in (
-            self._requests, self._attempts, self._overhead, self._first_token, self._duration,
-            self._tokens, self._token_usage, self._queue_wait, self._cancellations,
-            self._rejections, self._transitions, self._malformed, self._crashes,
-        ):  # fmt: skip
-            r.register(family)
-        r.register(_Renamed(self._duration, "gen_ai_server_request_duration_seconds"))
-        r.register(_Renamed(self._first_token, "gen_ai_server_time_to_first_token_seconds"))
+        self._absent: dict[str, float] = {}
+        self._labels: WeakKeyDictionary[Endpoint, str] = WeakKeyDictionary()
+        self._making = trio.Lock()
+        self._page = b""
+        self._made_at = -math.inf
 
     def finished(self, record: RequestRecord) -> None:
         """Count a request that has ended; called once for each."""
         outcome = record.outcome or Outcome.INTERNAL_ERROR
         model = record.model or "none"
-        of_model = (model,)
-        self._requests.add((model, record.endpoint or "none", outcome.value))
-        self._duration.observe(of_model, record.ended - record.began)
+        self._requests.labels(model, record.endpoint or "none", outcome.value).inc()
+        self._duration.labels(model).observe(record.ended - record.began)
         if outcome is Outcome.CLIENT_CLOSED:
-            self._cancellations.add((record.phase.value,))
+            self._cancellations.labels(record.phase.value).inc()
         if record.attempts and record.overhead is not None:
-            self._overhead.observe((), record.overhead)
+            self._overhead.observe(record.overhead)
         if record.stream and record.status == 200 and record.committed is not None:
-            self._first_token.observe(of_model, record.committed - record.began)
+            self._first_token.labels(model).observe(record.committed - record.began)
         if record.queue_wait:
-            self._queue_wait.observe(of_model, record.queue_wait)
+            self._queue_wait.labels(model).observe(record.queue_wait)
         if prompt := record.prompt_tokens:
-            self._tokens.add((model, "prompt"), prompt)
-            self._token_usage.observe((model, "input"), prompt)
+            self._tokens.labels(model, "prompt").inc(prompt)
+            self._token_usage.labels(model, "input").observe(prompt)
         if completion := record.completion_tokens:
-            self._tokens.add((model, "completion"), completion)
-            self._token_usage.observe((model, "output"), completion)
+            self._tokens.labels(model, "completion").inc(completion)
+            self._token_usage.labels(model, "output").observe(completion)
 
     def attempted(self, endpoint: Endpoint, result: str) -> None:
         """Count an attempt; *result* is ``ok``, ``cancelled``, a finding of ours or a status."""
-        self._attempts.add((endpoint.model, endpoint.url, result))
+        self._attempts.labels(endpoint.model, endpoint.url, result).inc()
 
     def rejected(self, limit: str) -> None:
-        self._rejections.add((limit,))
+        self._rejections.labels(limit).inc()
 
     def changed(self, endpoint: Endpoint, transition: Transition) -> None:
-        self._transitions.add((endpoint.model, endpoint.url, transition.after.value))
+        self._transitions.labels(endpoint.model, endpoint.url, transition.after.value).inc()
 
     def malformed(self, model: str, count: int) -> None:
-        self._malformed.add((model,), count)
+        self._malformed.labels(model).inc(count)
 
     def crashed(self, where: str) -> None:
-        self._crashes.add((where,))
+        self._crashes.labels(where).inc()
+
+    def forget_absent(self, known: Set[str], now: float) -> None:
+        """Drop what was counted of endpoints that are no longer among the *known* for a while.
+
+        Not at once: their last events have to be scraped, too.
+        """
+        families = (self._requests, self._attempts, self._transitions)
+        absent = set().union(*(f.values_of("endpoint") for f in families)) - known - {"none"}
+        self._absent = {url: self._absent.get(url, now) for url in absent}
+        for url, since in list(self._absent.items()):
+            if now - since >= _REMEMBERED:
+                for family in families:
+                    family.forget("endpoint", url)
 
     async def render(self) -> bytes:
-        """The page that Prometheus scrapes.  Levels are read here, text is made in a thread."""
-        self._levels.levels = self._read()
-        return await trio.to_thread.run_sync(generate_latest, self.registry)
+        """The page that Prometheus scrapes.
 
+        It is made in slices, so that no stream waits for it longer than for any other task; who
+        asks while one is being made gets that one.
+        """
+        asked_at = time.perf_counter()
+        async with self._making:
+            if self._made_at <= asked_at:
+                self._page = await _in_slices(self._pieces(self._read()))
+                self._made_at = time.perf_counter()
+            page = self._page
+            if not self._making.statistics().tasks_waiting:
+                self._page = b""  # it may be large
+            return page
 
-@attrs.define(eq=False)
-class _LevelCollector(Collector):
-    levels: Levels
-
-    def collect(self) -> Iterable[Metric]:
-        levels = self.levels
+    def _pieces(self, levels: Levels) -> Iterator[str]:
         yield from self._endpoint_gauges(levels)
-        depth = GaugeMetricFamily(
-            "citadel_gateway_queue_depth", "Requests waiting for a slot.", labels=["model"]
-        )
-        for model, waiting in levels.queue_depths.items():
-            depth.add_metric([model], waiting)
-        yield depth
-        yield GaugeMetricFamily(
-            "citadel_gateway_in_flight_requests", "Requests with an endpoint.", levels.in_flight
-        )
-        yield GaugeMetricFamily(
-            "citadel_gateway_client_connections", "Open client connections.", levels.connections
-        )
-        yield GaugeMetricFamily(
-            "citadel_gateway_upstream_connections",
-            "Open connections to endpoints, idle ones included.",
-            levels.upstream_connections,
-        )
-        yield GaugeMetricFamily(
-            "citadel_gateway_draining", "1 while shutting down.", float(levels.draining)
-        )
-        yield GaugeMetricFamily(
-            "citadel_gateway_log_lines_dropped",
-            "Log lines lost since the start because they could not be written fast enough.",
-            levels.log_lines_dropped,
-        )
+        yield from _other_gauges(levels)
+        yield generate_latest(self._process).decode()
+        for family in self._families:
+            yield from family.pieces()
 
-    @staticmethod
-    def _endpoint_gauges(levels: Levels) -> Iterator[Metric]:
+    def _endpoint_gauges(self, levels: Levels) -> Iterator[str]:
         gauges: list[tuple[str, str, Callable[[Endpoint], float]]] = [
             ("endpoint_healthy", "1 if it passes its probes.", lambda e: e.health.healthy),
             (
@@ -209,26 +218,62 @@ class _LevelCollector(Collector):
             ("endpoint_latency_seconds", "Peak EWMA of its latency.", lambda e: e.latency.value),
         ]
         for name, doc, value in gauges:
-            family = GaugeMetricFamily(f"citadel_gateway_{name}", doc, labels=["model", "endpoint"])
+            full = f"citadel_gateway_{name}"
+            yield head(full, doc, "gauge")
             for endpoint in levels.endpoints:
-                family.add_metric([endpoint.model, endpoint.url], float(value(endpoint)))
-            yield family
+                yield f"{full}{self._label(endpoint)} {number(value(endpoint))}\n"
+
+    def _label(self, endpoint: Endpoint) -> str:
+        text = self._labels.get(endpoint)
+        if text is None:
+            text = label_text(("model", "endpoint"), (endpoint.model, endpoint.url))
+            self._labels[endpoint] = text
+        return text
+
+    @property
+    def _families(self) -> tuple[Counters | Histograms, ...]:
+        return (
+            self._requests, self._attempts, self._overheads, self._first_token, self._duration,
+            self._tokens, self._token_usage, self._queue_wait, self._cancellations,
+            self._rejections, self._transitions, self._malformed, self._crashes,
+        )  # fmt: skip
 
 
-@attrs.define(eq=False)
-class _Renamed(Collector):
-    """A histogram under OpenTelemetry's name as well, at no cost until somebody scrapes it."""
+async def _in_slices(pieces: Iterator[str]) -> bytes:
+    done: list[bytes] = []
+    slice_: list[str] = []
+    until = time.perf_counter() + _SLICE
+    for piece in pieces:
+        slice_.append(piece)
+        if time.perf_counter() >= until:
+            done.append("".join(slice_).encode())
+            slice_.clear()
+            await trio.lowlevel.checkpoint()
+            until = time.perf_counter() + _SLICE
+    done.append("".join(slice_).encode())
+    await trio.lowlevel.checkpoint()
+    return b"".join(done)
 
-    histogram: Distributions
-    name: str
 
-    def collect(self) -> Iterable[Metric]:
-        for metric in self.histogram.collect():
-            doc = f"{metric.documentation} (OpenTelemetry's name)"
-            renamed = Metric(self.name, doc, "histogram")
-            for sample in metric.samples:
-                labels = dict(sample.labels)
-                labels["gen_ai_request_model"] = labels.pop("model")
-                suffix = sample.name.removeprefix(metric.name)
-                renamed.add_sample(self.name + suffix, labels, sample.value)
-            yield renamed
+def _other_gauges(levels: Levels) -> Iterator[str]:
+    name = "citadel_gateway_queue_depth"
+    yield head(name, "Requests waiting for a slot.", "gauge")
+    for model, waiting in levels.queue_depths.items():
+        yield f"{name}{label_text(('model',), (model,))} {number(waiting)}\n"
+    for what, doc, value in (
+        ("in_flight_requests", "Requests with an endpoint.", levels.in_flight),
+        ("client_connections", "Open client connections.", levels.connections),
+        (
+            "upstream_connections",
+            "Open connections to endpoints, idle ones included.",
+            levels.upstream_connections,
+        ),
+        ("draining", "1 while shutting down.", levels.draining),
+        (
+            "log_lines_dropped",
+            "Log lines lost since the start because they could not be written fast enough.",
+            levels.log_lines_dropped,
+        ),
+    ):
+        yield head(f"citadel_gateway_{what}", doc, "gauge")
+        yield f"citadel_gateway_{what} {number(value)}\n"

@@ -20,6 +20,8 @@ class ConnectionPool:
     The pool does not limit how many connections are in use: whoever sends requests has slots for
     that, and a second limit here could only dead-lock with it.  Checking out is O(1).
 
+    :param is_current: whether the other end of a stream is still where its origin's name points;
+        asked before a connection is used again.
     :param keepalive: seconds that an idle connection is kept.  Below the five seconds after which
         uvicorn hangs up (vLLM, SGLang), so that we are always the first to close.
     :param most_idle: idle connections kept for each origin.
@@ -29,6 +31,7 @@ class ConnectionPool:
     clock: Callable[[], float] = anyio.current_time
     keepalive: float = 3.0
     most_idle: int = 256
+    is_current: Callable[[ByteStream], bool] = lambda _: True
     _idle: dict[Origin, deque[Connection]] = attrs.field(factory=dict, init=False)
     _open: set[Connection] = attrs.field(factory=set, init=False)
     _closed: bool = attrs.field(default=False, init=False)
@@ -48,7 +51,11 @@ class ConnectionPool:
         idle = self._idle.get(origin)
         while idle:
             connection = idle.pop()
-            if self.clock() - connection.idle_since < self.keepalive and not connection.is_stale():
+            if (
+                self.clock() - connection.idle_since < self.keepalive
+                and self.is_current(connection.stream)
+                and not connection.is_stale()
+            ):
                 return connection
             await self._discard(connection)
         return None

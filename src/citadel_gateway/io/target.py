@@ -35,9 +35,13 @@ class Target:
     heads: dict[Kind, bytes] = attrs.field(repr=False)  # the key is in them
 
     @classmethod
-    def of(cls, url: str, api_key: str | None) -> Target:
-        """*url* is an endpoint's base address; ``/v1`` is appended unless it is there."""
-        origin, path = split_url(url)
+    def of(cls, url: str, api_key: str | None, origin: Origin | None = None) -> Target:
+        """*url* is an endpoint's base address; ``/v1`` is appended unless it is there.
+
+        :param origin: where connections go, if *url* does not say everything.
+        """
+        usual, path = split_url(url)
+        origin = origin or usual
         base = path if path.endswith("/v1") else path + "/v1"
         credentials = f"authorization: Bearer {api_key}\r\n" if api_key else ""
         heads = {
@@ -57,8 +61,11 @@ class Target:
 
 def split_url(url: str) -> tuple[Origin, str]:
     """The origin of a checked URL, and its path without a slash at the end."""
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
+    scheme, _, rest = url.partition(":")
+    if scheme == "unix":
+        socket, _, path = rest.partition(":")
+        return Origin("http", "localhost", 80, socket=socket), path.rstrip("/")
+    authority, slash, path = rest.removeprefix("//").partition("/")
     host, colon, port = authority.rpartition(":")
     if not colon or "]" in port:
         host, port = authority, ""

@@ -20,6 +20,9 @@ from citadel_gateway.wire.http1_response import BadResponse, encode_request
 
 T = TypeVar("T")
 
+ORIGIN = "citadel.origin"
+"""A request's extension: the :class:`Origin` to go to, for what a URL cannot say."""
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _BREAK = re.compile(rb"[\r\n\0]")
 
@@ -47,7 +50,8 @@ class AnyIOTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         timeouts = request.extensions.get("timeout", {})
         body = await request.aread()
-        connection = await self._acquire(_origin(request.url), timeouts.get("connect"))
+        origin = request.extensions.get(ORIGIN) or _origin(request.url)
+        connection = await self._acquire(origin, timeouts.get("connect"))
         try:
             await self._send(connection, request, body, timeouts.get("write"))
             response = await _reading(connection.read_head(), timeouts.get("read"))

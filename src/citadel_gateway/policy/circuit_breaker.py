@@ -84,6 +84,7 @@ class CircuitBreaker:
     _open_until: float = attrs.field(default=-math.inf, init=False)
     _probe_out: bool = attrs.field(default=False, init=False)
     _window: Window = attrs.field(init=False)
+    _permit: Permit = attrs.field(default=Permit(0, probe=False), init=False)  # of this era
 
     def __attrs_post_init__(self) -> None:
         self._window = Window(self.policy.window)
@@ -101,11 +102,12 @@ class CircuitBreaker:
 
     def admit(self, now: float) -> Permit | None:
         """Leave to send one request, or ``None``; :meth:`retry_after` says for how long."""
+        if self._state is State.CLOSED:
+            return self._permit
         if not self.would_admit(now):
             return None
-        probe = self._state is not State.CLOSED
-        self._probe_out = probe
-        return Permit(self._era, probe)
+        self._probe_out = True
+        return Permit(self._era, probe=True)
 
     def retry_after(self, now: float) -> float:
         """Seconds until a request may be let through; 1 while a probe is out, 0 when closed."""
@@ -161,8 +163,7 @@ class CircuitBreaker:
         return self._weigh(now, failed=True)
 
     def _weigh(self, now: float, *, failed: bool) -> Transition | None:
-        self._window.add(now, failed=failed)
-        total, bad = self._window.counts(now)
+        total, bad = self._window.add(now, failed=failed)
         if total >= self.policy.min_requests and bad >= total * self.policy.failure_ratio:
             return self._trip("failure ratio", now)
         return None
@@ -179,6 +180,7 @@ class CircuitBreaker:
         change = Transition(self.state(now), after, why)
         self._state = after
         self._era += 1
+        self._permit = Permit(self._era, probe=False)
         self._failures = 0
         self._probe_out = False
         self._window.clear()
@@ -196,25 +198,37 @@ class Window:
     span: float
     _totals: list[int] = attrs.field(factory=lambda: [0] * _BUCKETS, init=False)
     _failed: list[int] = attrs.field(factory=lambda: [0] * _BUCKETS, init=False)
+    _total: int = attrs.field(default=0, init=False)
+    _bad: int = attrs.field(default=0, init=False)
     _newest: int = attrs.field(default=0, init=False)
 
-    def add(self, now: float, *, failed: bool) -> None:
+    def add(self, now: float, *, failed: bool) -> tuple[int, int]:
+        """Count one more; returns what :meth:`counts` would."""
         slot = self._advance(now)
         self._totals[slot] += 1
-        self._failed[slot] += failed
+        self._total += 1
+        if failed:
+            self._failed[slot] += 1
+            self._bad += 1
+        return self._total, self._bad
 
     def counts(self, now: float) -> tuple[int, int]:
         """How many requests, and how many of them failed."""
         self._advance(now)
-        return sum(self._totals), sum(self._failed)
+        return self._total, self._bad
 
     def clear(self) -> None:
         self._totals = [0] * _BUCKETS
         self._failed = [0] * _BUCKETS
+        self._total = self._bad = 0
 
     def _advance(self, now: float) -> int:
         current = int(now * _BUCKETS / self.span)
-        for stale in range(max(self._newest + 1, current - _BUCKETS + 1), current + 1):
-            self._totals[stale % _BUCKETS] = self._failed[stale % _BUCKETS] = 0
-        self._newest = max(self._newest, current)
+        if current > self._newest:
+            for stale in range(max(self._newest + 1, current - _BUCKETS + 1), current + 1):
+                place = stale % _BUCKETS
+                self._total -= self._totals[place]
+                self._bad -= self._failed[place]
+                self._totals[place] = self._failed[place] = 0
+            self._newest = current
         return current % _BUCKETS

@@ -1,138 +1,196 @@
-"""Which of the endpoints that could take a request gets it.
-
-A picker is handed the endpoints that are available and have room, and returns one.  Pickers with
-a memory (whose turn is it?) keep it themselves, so every group of endpoints has its own picker.
-"""
+"""Which of the endpoints that could take a request gets it."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Container, Iterable
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import TypeAlias
 
 import attrs
 
+from citadel_gateway.policy.drawing import PowerOfTwo, Urn, WeightedRandom
 from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.picker import Fits, Picker, Score
 
-Shares: TypeAlias = Mapping[Endpoint, float]
-"""Factors on the weights, from cost optimisation; absent endpoints have 1."""
+Share: TypeAlias = Callable[[Endpoint], float]
+"""A factor on the weight, from cost optimisation."""
 
-_SCALE = 1_000_000  # weights become integers: turns come out exact, floats would drift
-
-
-class Picker(Protocol):
-    def pick(self, candidates: Sequence[Endpoint], shares: Shares) -> Endpoint:
-        """One of *candidates*, which is not empty."""
-        ...
+_SCALE = 10**12  # turns are whole numbers of this part of one: floats would drift
 
 
 @attrs.define(eq=False)
 class RoundRobin:
     """Turns in proportion to the weights, spread evenly.
 
-    The smooth weighted round robin that nginx uses: everybody's credit grows by its weight, the
-    richest is picked and pays the sum of all weights.
+    Stride scheduling (Waldspurger and Weihl, 1995): a turn is due every ``1 / weight``, and the
+    one that is due first is next.  First turns are spread over the middle of a round, so that
+    equals do not come in a bunch; over every whole round the shares are exact.
     """
 
     weigh: Callable[[Endpoint], float]
-    _credit: dict[Endpoint, int] = attrs.field(factory=dict, init=False)
+    _clock: int = attrs.field(default=0, init=False)
+    _serial: int = attrs.field(default=0, init=False)
+    _strides: dict[Endpoint, int] = attrs.field(factory=dict, init=False)
+    _turns: dict[Endpoint, tuple[int, int, Endpoint]] = attrs.field(factory=dict, init=False)
+    _line: list[tuple[int, int, Endpoint]] = attrs.field(factory=list, init=False)
+    _left: dict[Endpoint, int] = attrs.field(factory=dict, init=False)  # when they were due
 
-    def pick(self, candidates: Sequence[Endpoint], shares: Shares) -> Endpoint:
-        total, best, best_credit = 0, candidates[0], None
-        for endpoint in candidates:
-            weight = round(self.weigh(endpoint) * shares.get(endpoint, 1.0) * _SCALE) or 1
-            total += weight
-            credit = self._credit[endpoint] = self._credit.get(endpoint, 0) + weight
-            if best_credit is None or credit > best_credit:
-                best, best_credit = endpoint, credit
-        self._credit[best] -= total
-        return best
+    def join(self, endpoint: Endpoint, place: float = 0.5, /) -> None:
+        stride = self._strides.get(endpoint)
+        if stride is None:
+            stride = self._strides[endpoint] = round(_SCALE / self.weigh(endpoint)) or 1
+            due = self._clock + round(stride * (1 + place) / 3)
+        else:
+            due = max(self._clock, self._left.pop(endpoint, 0))  # missed turns are lost
+        self._serial += 1
+        turn = self._turns[endpoint] = (due, self._serial, endpoint)
+        heappush(self._line, turn)
+
+    def leave(self, endpoint: Endpoint) -> None:
+        if turn := self._turns.pop(endpoint, None):
+            self._left[endpoint] = turn[0]
+
+    def forget(self, endpoint: Endpoint) -> None:
+        self.leave(endpoint)
+        self._left.pop(endpoint, None)
+        self._strides.pop(endpoint, None)
+
+    def eased(self, endpoint: Endpoint) -> None:
+        """Whose turn it is has nothing to do with load."""
+
+    def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
+        line, turns, aside, picked = self._line, self._turns, [], None
+        while line:
+            turn = line[0]
+            endpoint = turn[2]
+            if turns.get(endpoint) is not turn:
+                heappop(line)  # of somebody who has left since
+            elif endpoint in tried:
+                aside.append(heappop(line))
+            elif fits(endpoint):
+                self._clock = max(self._clock, turn[0])
+                self._serial += 1
+                following = (turn[0] + self._strides[endpoint], self._serial, endpoint)
+                turns[endpoint] = following
+                heapreplace(line, following)
+                picked = endpoint
+                break
+        for turn in aside:
+            heappush(line, turn)
+        return picked
 
 
-@attrs.define(eq=False)
-class WeightedRandom:
-    """Chance in proportion to the weights."""
-
-    rng: random.Random
-
-    def pick(self, candidates: Sequence[Endpoint], shares: Shares) -> Endpoint:
-        weights = [e.weight * shares.get(e, 1.0) for e in candidates]
-        return self.rng.choices(candidates, weights)[0]
+_Entry: TypeAlias = tuple[Score, int, int, Endpoint]
 
 
 @attrs.define(eq=False)
 class Least:
     """The lowest score; among equals, the one that has waited longest for its turn."""
 
-    score: Callable[[Endpoint, float], tuple[float, ...]]
+    score: Callable[[Endpoint], Score]
     _turn: dict[Endpoint, int] = attrs.field(factory=dict, init=False)
     _turns: int = attrs.field(default=0, init=False)
+    _joined: int = attrs.field(default=0, init=False)
+    _entries: dict[Endpoint, _Entry] = attrs.field(factory=dict, init=False)
+    _line: list[_Entry] = attrs.field(factory=list, init=False)  # old entries of some, too
 
-    def pick(self, candidates: Sequence[Endpoint], shares: Shares) -> Endpoint:
-        best = min(
-            candidates,
-            key=lambda e: (self.score(e, shares.get(e, 1.0)), self._turn.get(e, 0)),
-        )
-        self._turns += 1
-        self._turn[best] = self._turns
-        return best
+    def join(self, endpoint: Endpoint, _: float = 0.5, /) -> None:
+        self._enter(endpoint, self.score(endpoint))
+
+    def leave(self, endpoint: Endpoint) -> None:
+        self._entries.pop(endpoint, None)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        self.leave(endpoint)
+        self._turn.pop(endpoint, None)
+
+    def eased(self, endpoint: Endpoint) -> None:
+        entry = self._entries.get(endpoint)
+        if entry is not None and (score := self.score(endpoint)) < entry[0]:
+            self._enter(endpoint, score)
+
+    def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
+        line, entries, aside, picked = self._line, self._entries, [], None
+        while line:
+            entry = line[0]
+            before, _, joined, endpoint = entry
+            if entries.get(endpoint) is not entry:
+                heappop(line)
+            elif (score := self.score(endpoint)) > before:  # busier than when it was written down
+                entries[endpoint] = entry = (score, entry[1], joined, endpoint)
+                heapreplace(line, entry)
+            elif endpoint in tried:
+                aside.append(heappop(line))
+            elif fits(endpoint):
+                self._turns += 1
+                self._turn[endpoint] = self._turns
+                entries[endpoint] = entry = (score, self._turns, joined, endpoint)
+                heapreplace(line, entry)
+                picked = endpoint
+                break
+        for entry in aside:
+            heappush(line, entry)
+        return picked
+
+    def _enter(self, endpoint: Endpoint, score: Score) -> None:
+        self._joined += 1
+        entry = (score, self._turn.get(endpoint, 0), self._joined, endpoint)
+        self._entries[endpoint] = entry
+        if len(self._line) > 2 * len(self._entries) + 64:
+            self._line[:] = self._entries.values()
+            heapify(self._line)
+        else:
+            heappush(self._line, entry)
 
 
-@attrs.define(eq=False)
-class PowerOfTwo:
-    """The less loaded of two picked at random.
-
-    Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001: nearly as even
-    as asking everybody, and no herd runs to whoever was idle a moment ago.
-    """
-
-    rng: random.Random
-
-    def pick(self, candidates: Sequence[Endpoint], shares: Shares) -> Endpoint:
-        pair = self.rng.sample(candidates, min(2, len(candidates)))
-        return min(pair, key=lambda e: _load(e, shares.get(e, 1.0)))
-
-
-def make_picker(algorithm: str, rng: random.Random) -> Picker:
+def make_picker(algorithm: str, rng: random.Random, share: Share | None = None) -> Picker:
     """A fresh picker for one group of endpoints; *algorithm* as named in the configuration."""
+    share = share or evenly
+
+    def weigh(endpoint: Endpoint) -> float:
+        return endpoint.weight * share(endpoint)
+
+    def load(endpoint: Endpoint) -> Score:
+        return ((endpoint.in_flight + 1) / (endpoint.weight * share(endpoint)),)
+
+    def expected_latency(endpoint: Endpoint) -> Score:
+        """An unknown endpoint is tried first, but by one request, not by all until it answers."""
+        (busy,) = load(endpoint)
+        latency = endpoint.latency.value
+        is_being_tried = latency == 0 and endpoint.in_flight > 0
+        return (is_being_tried, latency * busy, busy)
+
     match algorithm:
         case "round_robin":
-            return RoundRobin(lambda _: 1.0)
+            return RoundRobin(share)
         case "weighted_round_robin":
-            return RoundRobin(lambda e: e.weight)
+            return RoundRobin(weigh)
         case "random":
-            return WeightedRandom(rng)
+            return WeightedRandom(Urn(rng, weigh))
         case "least_connections":
-            return Least(_load)
+            return Least(load)
         case "power_of_two":
-            return PowerOfTwo(rng)
+            return PowerOfTwo(Urn(rng, evenly), load)
         case "least_latency":
-            return Least(_expected_latency)
+            return Least(expected_latency)
         case "cost":
-            return Least(lambda e, share: (e.cost or 0.0, *_load(e, share)))
+            return Least(lambda e: (e.cost or 0.0, *load(e)))
     raise ValueError(f"unknown algorithm {algorithm!r}")
 
 
-def cost_shares(endpoints: Sequence[Endpoint]) -> dict[Endpoint, float]:
-    """How much of the load each endpoint should get for its price.
+def evenly(_: Endpoint, /) -> float:
+    """No endpoint has a larger share than its weight says."""
+    return 1.0
+
+
+def share_by_cost(prices: Iterable[float | None]) -> Share:
+    """How much of the load an endpoint should get for its price, among others with *prices*.
 
     The square root of the price ratio: an endpoint at a hundredth of the price gets ten times the
     share, so cheap ones are preferred and dear ones still see traffic.
     """
-    prices = [e.cost for e in endpoints if e.cost]
-    if not prices:
-        return {}
-    cheapest = min(prices)
-    return {e: (cheapest / e.cost) ** 0.5 if e.cost else 1.0 for e in endpoints}
-
-
-def _expected_latency(endpoint: Endpoint, share: float) -> tuple[float, ...]:
-    """An unknown endpoint is tried first, but by one request, not by all until it has answered."""
-    (load,) = _load(endpoint, share)
-    latency = endpoint.latency.value
-    is_being_tried = latency == 0 and endpoint.in_flight > 0
-    return (is_being_tried, latency * load, load)
-
-
-def _load(endpoint: Endpoint, share: float) -> tuple[float, ...]:
-    return ((endpoint.in_flight + 1) / (endpoint.weight * share),)
+    cheapest = min(filter(None, prices), default=None)
+    if cheapest is None:
+        return evenly
+    return lambda e: (cheapest / e.cost) ** 0.5 if e.cost else 1.0

@@ -1,0 +1,97 @@
+"""The watch over the fleet: probes for every endpoint, of those that come and go, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NoReturn
+
+import attrs
+import httpx
+import trio
+
+from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
+from citadel_gateway.io.health_monitoring import HealthChecker, check_all
+from citadel_gateway.io.supervisor import supervise
+from citadel_gateway.policy.endpoint import Endpoint
+
+
+@attrs.define(eq=False)
+class Watch:
+    """Probes every endpoint, and keeps the fleet as the names' addresses are.
+
+    An endpoint that has just come is probed at once, and gets nothing before that went well.  One
+    whose address is gone is watched no longer.
+
+    :param on_flip: told when an endpoint becomes well or ill.
+    :param on_arrival: told of endpoints that have come (true) or go (false).
+    """
+
+    balancer: LoadBalancer
+    client: httpx.AsyncClient
+    on_flip: Callable[[Endpoint], None]
+    on_arrival: Callable[[Endpoint, bool], None]
+    on_crash: Callable[[str, Exception], None]
+    _checkers: dict[Endpoint, HealthChecker] = attrs.field(factory=dict, init=False)
+    _scopes: dict[Endpoint, trio.CancelScope] = attrs.field(factory=dict, init=False)
+    _news: trio.Event = attrs.field(factory=trio.Event, init=False)
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter([*self._checkers])
+
+    def suspect(self, endpoint: Endpoint) -> None:
+        """A request could not reach it: look at it now."""
+        if checker := self._checkers.get(endpoint):
+            checker.suspect()
+
+    def note_change(self, _host: str) -> None:
+        """A name has other addresses than before."""
+        self._news.set()
+
+    async def look_once(self, within: float) -> None:
+        """Probe every endpoint that there is, as far as can be known *within* that time."""
+        with trio.move_on_after(within):
+            await self.balancer.discover()
+        for upstream in self.balancer.upstreams:
+            self._add(upstream)
+        await check_all(list(self._checkers.values()), within)
+
+    async def run(self) -> NoReturn:
+        """Watch for ever those that there are, and those that come."""
+        async with trio.open_nursery() as watching:
+            for checker in self._checkers.values():
+                self._start(watching, checker)
+            while True:
+                self._news = trio.Event()
+                for source in self.balancer.sources:
+                    new, gone = self.balancer.update(source)
+                    for upstream in gone:
+                        self._remove(upstream.endpoint)
+                    for upstream in new:
+                        self.on_arrival(upstream.endpoint, True)
+                        checker = self._add(upstream)
+                        checker.suspect()
+                        self._start(watching, checker)
+                await self._news.wait()
+
+    def _add(self, upstream: Upstream) -> HealthChecker:
+        checker = self._checkers.get(upstream.endpoint)
+        if checker is None:
+            checker = self.balancer.make_checker(upstream, self.client, self.on_flip)
+            self._checkers[upstream.endpoint] = checker
+        return checker
+
+    def _remove(self, endpoint: Endpoint) -> None:
+        self._checkers.pop(endpoint, None)
+        if scope := self._scopes.pop(endpoint, None):
+            scope.cancel()
+        self.on_arrival(endpoint, False)
+
+    def _start(self, watching: trio.Nursery, checker: HealthChecker) -> None:
+        scope = self._scopes[checker.endpoint] = trio.CancelScope()
+        watching.start_soon(self._watch, checker, scope)
+
+    async def _watch(self, checker: HealthChecker, scope: trio.CancelScope) -> None:
+        name = f"health of {checker.endpoint.url}"
+        with scope:
+            await supervise(partial(checker.watch), name=name, on_crash=self.on_crash)

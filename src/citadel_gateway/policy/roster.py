@@ -1,0 +1,139 @@
+"""Who of a group is in line for requests, and who stands aside.
+
+Theory of operation.  An endpoint is *in line* until somebody looks at it and finds that it cannot
+take a request.  Then it stands aside: as *full* if it only has no room, else as *away*.  It comes
+back when it says that it may be able to take more (a request ended, a probe went well), or when
+the time has come at which a rest or a cool-down ends.  Whoever is in line is looked at before it
+is given anything, so being there promises nothing, and the fact is never kept twice.
+
+So a choice costs what it costs to look at the few that come first, however many there are, also
+when nearly all of them are down or full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable
+from heapq import heappop, heappush
+
+import attrs
+
+from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.picker import Picker
+
+
+@attrs.define(eq=False)
+class Roster:
+    """The endpoints of a group, and the picker that orders them."""
+
+    picker: Picker
+    _ready: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
+    _full: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
+    _away: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
+    _returns: list[tuple[float, int, Endpoint]] = attrs.field(factory=list, init=False)
+    _serial: int = attrs.field(default=0, init=False)
+    _now: float = attrs.field(default=0.0, init=False)
+
+    def add(self, endpoints: Iterable[Endpoint]) -> None:
+        """Take them in; they get their first turns in the order given."""
+        joining = list(endpoints)
+        for i, endpoint in enumerate(joining):
+            self._ready[endpoint] = None
+            self.picker.join(endpoint, i / len(joining))
+            endpoint.watchers.append(self.eased)
+
+    def remove(self, endpoint: Endpoint) -> None:
+        """Give it nothing any more."""
+        for place in (self._ready, self._full, self._away):
+            place.pop(endpoint, None)
+        self.picker.forget(endpoint)
+        if self.eased in endpoint.watchers:
+            endpoint.watchers.remove(self.eased)
+
+    def choose(self, tried: Container[Endpoint], now: float) -> Endpoint | None:
+        """One that was not *tried*, is available and has room."""
+        self._now = now
+        if self._returns and self._returns[0][0] <= now:
+            self._return(now)
+        return self.picker.pick(tried, self._fits)
+
+    def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
+        """Whether one that was not *tried* is available, with room or without."""
+        if self._returns and self._returns[0][0] <= now:
+            self._return(now)
+        return self._is_any(self._ready, tried, now) or self._is_any(self._full, tried, now)
+
+    def is_any_full(self, tried: Container[Endpoint], now: float) -> bool:
+        """Whether one that was not *tried* is available but for room, as of the last choice."""
+        return self._is_any(self._full, tried, now)
+
+    def next_chance(self, now: float, next_probe: float) -> float:
+        """Seconds until one may be available again, as far as can be known.
+
+        :param next_probe: when one that is down may be known to be up again.
+        """
+
+        def chance(endpoint: Endpoint) -> float:
+            return max(endpoint.available_in(now), 0.0 if endpoint.health.healthy else next_probe)
+
+        soonest = min(map(chance, (*self._ready, *self._full)), default=math.inf)
+        returns = self._returns
+        while returns and not (returns[0][2] in self._away and returns[0][2].health.healthy):
+            heappop(returns)
+        if returns:
+            soonest = min(soonest, max(0.0, returns[0][0] - now))
+        for endpoint in self._away:
+            if soonest <= next_probe:
+                break  # no other can be sooner: the healthy ones are among the returns
+            soonest = min(soonest, chance(endpoint))
+        return soonest if soonest < math.inf else next_probe
+
+    def eased(self, endpoint: Endpoint) -> None:
+        """It may be able to take more than it could."""
+        if endpoint in self._ready:
+            self.picker.eased(endpoint)
+        elif endpoint in self._full or endpoint in self._away:
+            self._full.pop(endpoint, None)
+            self._away.pop(endpoint, None)
+            self._ready[endpoint] = None
+            self.picker.join(endpoint)
+
+    def _fits(self, endpoint: Endpoint) -> bool:
+        if not endpoint.is_available(self._now):
+            self._ready.pop(endpoint, None)
+            self._send_away(endpoint, self._now)
+        elif endpoint.in_flight >= endpoint.max_concurrent:
+            self._ready.pop(endpoint, None)
+            self._full[endpoint] = None
+        else:
+            return True
+        self.picker.leave(endpoint)
+        return False
+
+    def _is_any(self, place: dict[Endpoint, None], tried: Container[Endpoint], now: float) -> bool:
+        gone: list[Endpoint] = []
+        found = False
+        for endpoint in place:
+            if endpoint in tried:
+                continue
+            if endpoint.is_available(now):
+                found = True
+                break
+            gone.append(endpoint)
+        for endpoint in gone:
+            del place[endpoint]
+            self.picker.leave(endpoint)
+            self._send_away(endpoint, now)
+        return found
+
+    def _send_away(self, endpoint: Endpoint, now: float) -> None:
+        self._away[endpoint] = None
+        if endpoint.health.healthy:  # else a probe will tell
+            self._serial += 1
+            heappush(self._returns, (endpoint.available_at(now), self._serial, endpoint))
+
+    def _return(self, now: float) -> None:
+        while self._returns and self._returns[0][0] <= now:
+            endpoint = heappop(self._returns)[2]
+            if endpoint in self._away:
+                self.eased(endpoint)
