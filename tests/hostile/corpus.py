@@ -70,7 +70,9 @@ def _framing(model: str) -> Iterator[Case]:
     swapped = plain.plus(b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(smuggled))
     yield _refused("TE then CL, smuggling", attrs.evolve(swapped, body=smuggled))
     right = chunked(body)
-    yield _refused("TE, and the CL of its encoding", right.plus(b"Content-Length: %d" % len(right.body)))
+    yield _refused(
+        "TE, and the CL of its encoding", right.plus(b"Content-Length: %d" % len(right.body))
+    )
     yield _refused("TE and CL 0", right.plus(b"Content-Length: 0"))
     yield _refused("TE identity and CL", good.plus(b"Transfer-Encoding: identity"), 400, 501)
     yield _refused("CL twice, equal", good.plus(length))
@@ -103,9 +105,13 @@ def _encodings(model: str) -> Iterator[Case]:
         yield _refused(f"TE {value!r}", plain.plus(b"Transfer-Encoding: " + value), 400, 501)
     twice = b"Transfer-Encoding: chunked"
     yield _refused("TE twice", plain.plus(twice, twice), 400, 501)
-    yield _refused("TE twice, identity last", plain.plus(twice, b"Transfer-Encoding: identity"), 400, 501)
+    yield _refused(
+        "TE twice, identity last", plain.plus(twice, b"Transfer-Encoding: identity"), 400, 501
+    )
     yield _refused("TE folded", plain.plus(b"Transfer-Encoding:", b" chunked"), 400, 501)
-    yield _refused("TE behind a fold", plain.plus(b"X: y", b" Transfer-Encoding: chunked"), 400, 501)
+    yield _refused(
+        "TE behind a fold", plain.plus(b"X: y", b" Transfer-Encoding: chunked"), 400, 501
+    )
     for line in (
         b"Transfer-Encoding : chunked", b"Transfer-Encoding\t: chunked", b" Transfer-Encoding: chunked",
         b"\tTransfer-Encoding: chunked", b"Transfer-Encoding\x00: chunked", b"Transfer\xadEncoding: chunked\xff\x01",
@@ -160,7 +166,9 @@ def _chunks(model: str) -> Iterator[Case]:
     yield case("a trailer without a name", size + b"\r\n" + body + b"\r\n0\r\n: b\r\n\r\n")
     endless = size + b"\r\n" + body + b"\r\n0\r\n" + b"a: b\r\n" * 12000
     yield case("trailers without end", endless, 400, 431)
-    yield case("one trailer without end", size + b"\r\n" + body + b"\r\n0\r\na: " + b"b" * 70000, 400, 431)
+    yield case(
+        "one trailer without end", size + b"\r\n" + body + b"\r\n0\r\na: " + b"b" * 70000, 400, 431
+    )
 
 
 def _lines(model: str) -> Iterator[Case]:
@@ -168,8 +176,12 @@ def _lines(model: str) -> Iterator[Case]:
     head, _, body = bytes(good).partition(b"\r\n\r\n")
     yield _refused("bare LFs throughout", head.replace(b"\r\n", b"\n") + b"\n\n" + body)
     yield _refused("bare CRs throughout", head.replace(b"\r\n", b"\r") + b"\r\r" + body)
-    yield _refused("a bare LF after the request line", head.replace(b"\r\n", b"\n", 1) + b"\r\n\r\n" + body)
-    yield _refused("a bare CR after the request line", head.replace(b"\r\n", b"\r", 1) + b"\r\n\r\n" + body)
+    yield _refused(
+        "a bare LF after the request line", head.replace(b"\r\n", b"\n", 1) + b"\r\n\r\n" + body
+    )
+    yield _refused(
+        "a bare CR after the request line", head.replace(b"\r\n", b"\r", 1) + b"\r\n\r\n" + body
+    )
     yield _refused("CR CR LF", head.replace(b"\r\n", b"\r\r\n", 1) + b"\r\n\r\n" + body)
     yield _refused("the head ends in LF LF", head + b"\n\n" + body)
     yield _refused("the head ends in CRLF LF", head + b"\r\n\n" + body)
@@ -208,7 +220,11 @@ def _fields(model: str) -> Iterator[Case]:
     json_type = b"Content-Type: application/json"
     # The application's own refusals: the request is well framed.
     yield _kept("Content-Type twice", good.plus(json_type), 400)
-    yield _kept("Content-Type text/plain", good.without(b"content-type").plus(b"Content-Type: text/plain"), 415)
+    yield _kept(
+        "Content-Type text/plain",
+        good.without(b"content-type").plus(b"Content-Type: text/plain"),
+        415,
+    )
     yield _kept("Content-Encoding gzip", good.plus(b"Content-Encoding: gzip"), 415)
     for line in (
         b"Content_Length: 3", b"X_Api_Key: y", b"Remote-Addr: 1.2.3.4", b"Cookie: a=b",
@@ -261,7 +277,9 @@ def _targets(model: str) -> Iterator[Case]:
     yield _refused("OPTIONS *", get().started(b"OPTIONS * HTTP/1.1"), 400, 404, 405)
     long = good.started(b"POST /%s HTTP/1.1" % (b"a" * 9000))
     yield _refused("a target of 9 000 bytes", long, 414)
-    yield _refused("a target of 60 000 bytes", good.started(b"POST /%s HTTP/1.1" % (b"a" * 60000)), 414, 431)
+    yield _refused(
+        "a target of 60 000 bytes", good.started(b"POST /%s HTTP/1.1" % (b"a" * 60000)), 414, 431
+    )
     yield _refused("an endless target", b"GET /" + b"a" * 100_000, 414, 431)
 
 
@@ -288,12 +306,18 @@ def _methods_and_versions(model: str) -> Iterator[Case]:
         raw = good.started(b"POST %s %s" % (path, version))
         yield _refused(f"version {version!r}", raw, 400, 505)
     yield _refused("HTTP/0.9", b"GET /v1/models\r\n\r\n", 400, 505)
-    yield _refused("two spaces before the target", good.started(b"POST  %s HTTP/1.1" % path), 400, 505)
-    yield _refused("two spaces before the version", good.started(b"POST %s  HTTP/1.1" % path), 400, 505)
+    yield _refused(
+        "two spaces before the target", good.started(b"POST  %s HTTP/1.1" % path), 400, 505
+    )
+    yield _refused(
+        "two spaces before the version", good.started(b"POST %s  HTTP/1.1" % path), 400, 505
+    )
     yield _refused("a tab for a space", good.started(b"POST\t%s\tHTTP/1.1" % path), 400, 505)
     yield _refused("a space before the method", b" " + bytes(good), 400, 505)
     yield _refused("a form feed for a space", good.started(b"POST\x0c%s HTTP/1.1" % path), 400, 505)
-    yield _refused("the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(24), 400, 505)
+    yield _refused(
+        "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(24), 400, 505
+    )
     yield _refused("a response", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 400, 505)
 
 
@@ -304,11 +328,22 @@ def _upgrades(model: str) -> Iterator[Case]:
     yield _refused("WebSocket", socket, 400, 426)
     yield _refused("WebSocket and early bytes", bytes(socket) + b"\x81\x05hello", 400, 426)
     for raw, kind in ((post(body), "sized"), (chunked(body), "chunked")):
-        for settings in ((), (b"HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA",), (b"HTTP2-Settings: \xff!",)):
+        for settings in (
+            (),
+            (b"HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA",),
+            (b"HTTP2-Settings: \xff!",),
+        ):
             offer = raw.plus(b"Upgrade: h2c", b"Connection: Upgrade, HTTP2-Settings", *settings)
             yield _kept(f"h2c, {kind}, {settings!r}", offer, 200, 400)
-            yield _kept(f"h2c without Connection, {kind}", raw.plus(b"Upgrade: h2c", *settings), 200, 400)
-    yield _kept("h2c without a body", get().plus(b"Upgrade: h2c", b"Connection: upgrade"), 200, method=b"GET")
+            yield _kept(
+                f"h2c without Connection, {kind}", raw.plus(b"Upgrade: h2c", *settings), 200, 400
+            )
+    yield _kept(
+        "h2c without a body",
+        get().plus(b"Upgrade: h2c", b"Connection: upgrade"),
+        200,
+        method=b"GET",
+    )
     yield _kept("an unknown upgrade", post(body).plus(b"Upgrade: foo/2", b"Connection: upgrade"))
 
 
@@ -367,7 +402,9 @@ def _bodies(model: str) -> Iterator[Case]:
 
 
 def _garbage() -> Iterator[Case]:
-    hello = bytes.fromhex("1603010200010001fc0303") + os.urandom(0) + bytes(range(256)) + b"\x00" * 200
+    hello = (
+        bytes.fromhex("1603010200010001fc0303") + os.urandom(0) + bytes(range(256)) + b"\x00" * 200
+    )
     noise = bytes((i * 7919 + i // 3) % 256 for i in range(65536))
     for name, data in {
         "a TLS ClientHello": hello,
@@ -391,31 +428,59 @@ def _odd_but_good(model: str) -> Iterator[Case]:
     yield _kept("a CRLF before it", b"\r\n" + bytes(good))
     yield _kept("names in lower case", bytes(good).replace(b"Content-Length", b"content-length"))
     yield _kept("names in upper case", bytes(good).replace(b"Content-Length", b"CONTENT-LENGTH"))
-    yield _kept("no space after the colon", bytes(good).replace(b"Content-Length: ", b"Content-Length:"))
-    yield _kept("spaces around a length", bytes(good).replace(b"Content-Length: ", b"Content-Length: \t  "))
-    yield _kept("Chunked", chunked(body).without(b"transfer-encoding").plus(b"Transfer-Encoding: Chunked"))
+    yield _kept(
+        "no space after the colon", bytes(good).replace(b"Content-Length: ", b"Content-Length:")
+    )
+    yield _kept(
+        "spaces around a length", bytes(good).replace(b"Content-Length: ", b"Content-Length: \t  ")
+    )
+    yield _kept(
+        "Chunked", chunked(body).without(b"transfer-encoding").plus(b"Transfer-Encoding: Chunked")
+    )
     # Both are in the grammar, and both may be refused: a gateway needs neither.
     yield _kept("spaces around chunked", chunked(body).without(b"transfer-encoding").plus(
         b"Transfer-Encoding: \t chunked \t "), 200, 400, 501)  # fmt: skip
     yield _kept("two chunks", chunked(body))
     yield _kept("chunks of one byte", chunked(body, chunks(body, 1)))
     yield _kept("a short extension", chunked(body, chunks(body, 50, b";name=value")))
-    yield _kept("a quoted extension", chunked(body, chunks(body, len(body), b';name="quoted; = value"')))
-    yield _kept("sizes in upper case", chunked(body, b"%X\r\n" % len(body) + body + b"\r\n0\r\n\r\n"))
-    yield _kept("a size with zeros", chunked(body, b"000%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"))
-    yield _kept("a last chunk of many zeros", chunked(body, b"%x\r\n" % len(body) + body + b"\r\n0000\r\n\r\n"))
-    trailers = (b"Content-Length: 3", b"Authorization: Bearer x", b"Host: evil", b"Transfer-Encoding: x")
+    yield _kept(
+        "a quoted extension", chunked(body, chunks(body, len(body), b';name="quoted; = value"'))
+    )
+    yield _kept(
+        "sizes in upper case", chunked(body, b"%X\r\n" % len(body) + body + b"\r\n0\r\n\r\n")
+    )
+    yield _kept(
+        "a size with zeros", chunked(body, b"000%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n")
+    )
+    yield _kept(
+        "a last chunk of many zeros",
+        chunked(body, b"%x\r\n" % len(body) + body + b"\r\n0000\r\n\r\n"),
+    )
+    trailers = (
+        b"Content-Length: 3",
+        b"Authorization: Bearer x",
+        b"Host: evil",
+        b"Transfer-Encoding: x",
+    )
     yield _kept("trailers", chunked(body, chunks(body, trailers=trailers)), 200, 400)
     yield _kept("a harmless trailer", chunked(body, chunks(body, trailers=trailers[1:2])))
     spaced = body + b" " * 100_000
     yield _kept("a body of 100 KB", post(spaced))
-    yield _kept("a body of 100 KB in chunks of 7", chunked(spaced[:30_000], chunks(spaced[:30_000], 7)))
+    yield _kept(
+        "a body of 100 KB in chunks of 7", chunked(spaced[:30_000], chunks(spaced[:30_000], 7))
+    )
     yield _kept("HTTP/1.0, kept", good.started(b"POST /v1/chat/completions HTTP/1.0").plus(
         b"Connection: keep-alive"))  # fmt: skip
     yield _kept("GET with a length of 0", get().plus(b"Content-Length: 0"), method=b"GET")
-    yield _kept("GET with a body", attrs.evolve(get().plus(b"Content-Length: 5"), body=b"hello"), method=b"GET")
+    yield _kept(
+        "GET with a body",
+        attrs.evolve(get().plus(b"Content-Length: 5"), body=b"hello"),
+        method=b"GET",
+    )
     yield _kept("GET with chunks", attrs.evolve(
         get().plus(b"Transfer-Encoding: chunked"), body=b"5\r\nhello\r\n0\r\n\r\n"), method=b"GET")  # fmt: skip
     for name in (CHAT, b"/v1/completions", b"/v1/embeddings"):
-        fields = b'{"model":"%s","prompt":"x","input":"x","messages":[{"role":"user","content":"x"}]}'
+        fields = (
+            b'{"model":"%s","prompt":"x","input":"x","messages":[{"role":"user","content":"x"}]}'
+        )
         yield _kept(f"{name!r}", post(fields % model.encode(), name))

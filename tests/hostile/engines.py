@@ -17,6 +17,7 @@ from tests.support.scripted_engine import (
     LedgerEntry,
     Script,
     ScriptedEngine,
+    Step,
     hang,
     send,
     serve_tcp,
@@ -25,9 +26,7 @@ from tests.support.scripted_engine import (
 )
 
 INFERENCE = {b"/v1/chat/completions", b"/v1/completions", b"/v1/embeddings"}
-_HEAD = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-)
+_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def digest(body: bytes) -> str:
@@ -102,7 +101,12 @@ def _plan(asked: Any) -> dict[str, Any]:
 
 def _whole(path: str, text: str) -> Script:
     if path.endswith("/embeddings"):
-        data = {"object": "list", "model": text, "data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 1}}
+        data = {
+            "object": "list",
+            "model": text,
+            "data": [{"index": 0, "embedding": [0.5]}],
+            "usage": {"prompt_tokens": 1},
+        }
         return status(200, json.dumps(data).encode())
     choice = {"index": 0, "finish_reason": "stop", "text": text}
     if path.endswith("/chat/completions"):
@@ -115,11 +119,11 @@ def _stream(text: str, plan: dict[str, Any]) -> Script:
     count, gap = int(plan.get("events", 3)), float(plan.get("gap", 0))
     filler = "x" * int(plan.get("size", 0))
     steps = [send(_HEAD)]
-    for i in range(count):
-        if gap and i:
-            steps.append(sleep(gap))
-        delta: dict[str, Any] = {"content": f"{text}.{i}{filler} "}
-        steps.append(_event([{"index": 0, "delta": delta, "finish_reason": None}]))
+    if filler:
+        steps += [_token(text + filler), sleep(gap)] * count if gap else [_token(filler)] * count
+    else:
+        for i in range(count):
+            steps += [sleep(gap if i else 0), _token(f"{text}.{i} ")]
     if plan.get("hang"):
         steps.append(hang())
     steps.append(_event([{"index": 0, "delta": {}, "finish_reason": "stop"}]))
@@ -127,7 +131,11 @@ def _stream(text: str, plan: dict[str, Any]) -> Script:
     return Script(steps)
 
 
-def _event(choices: list[Any]) -> Any:
+def _token(content: str) -> Step:
+    return _event([{"index": 0, "delta": {"content": content}, "finish_reason": None}])
+
+
+def _event(choices: list[Any]) -> Step:
     data = json.dumps({"id": "x", "object": "chat.completion.chunk", "choices": choices})
     return send(_chunk(b"data: " + data.encode() + b"\n\n"))
 

@@ -117,7 +117,9 @@ def _at(rng: random.Random, data: bytes) -> int:
     """A place: anywhere, or where it hurts, by a line's end, a colon or a framing field."""
     if rng.random() < 0.3:
         return rng.randrange(len(data) + 1)
-    mark = rng.choice((b"\r\n", b":", b"\r\n\r\n", b"Content-Length", b"Transfer-Encoding", b" ", b"chunked"))
+    mark = rng.choice(
+        (b"\r\n", b":", b"\r\n\r\n", b"Content-Length", b"Transfer-Encoding", b" ", b"chunked")
+    )
     places = [i for i in range(len(data)) if data.startswith(mark, i)]
     if not places:
         return rng.randrange(len(data) + 1)
@@ -147,7 +149,9 @@ def _replace(rng: random.Random, data: bytes) -> bytes:
 
 def _flip(rng: random.Random, data: bytes) -> bytes:
     at = min(_at(rng, data), len(data) - 1)
-    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :] if data else data
+    return (
+        data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :] if data else data
+    )
 
 
 def _line(rng: random.Random, data: bytes, change: Callable[[bytes], bytes | None]) -> bytes:
@@ -207,7 +211,9 @@ def _length(rng: random.Random, data: bytes) -> bytes:
     if not mark or not digits.isdigit():
         return _insert(rng, data)
     size = int(digits) + rng.choice((-len(digits), -2, -1, 1, 2, 3, 40, -int(digits)))
-    written = rng.choice((b"%d", b"%d", b"%d", b"0%d", b"+%d", b" %d ", b"%d,", b"%d\t")) % max(size, 0)
+    written = rng.choice((b"%d", b"%d", b"%d", b"0%d", b"+%d", b" %d ", b"%d,", b"%d\t")) % max(
+        size, 0
+    )
     return before + mark + written + end + rest
 
 

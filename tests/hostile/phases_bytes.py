@@ -189,3 +189,36 @@ async def play_deliveries(siege: Siege, *, every: int = 1) -> None:
         start = 1 + siege.rng("cut", number).randrange(every)
         jobs += [(number, cut) for cut in range(start, size, every)]
     await siege.each(jobs, deliver)
+
+
+async def play_pipelines(siege: Siege) -> None:
+    """Many requests in one segment: each has its own answer, in order, or the connection ends."""
+
+    async def play(siege: Siege, lane: Lane, job: tuple[str, int]) -> None:
+        kind, count = job
+        data = b"".join(_in_line(lane.model, kind, number) for number in range(count))
+        reading = read_strictly(data)
+        outcome = await converse(siege.port, lane, [data], reading)
+        siege.report.count("requests in pipelines", count)
+        if why := judge(reading, outcome):
+            siege.report.found(
+                f"{count} in a row, {kind}", why, data[:2000], outcome.received[-900:]
+            )
+
+    kinds = ("get", "post", "chunks", "stream", "mixed", "large")
+    await siege.each([(k, n) for k in kinds for n in (2, 5, 16, 17, 18, 50, 300)], play)
+
+
+def _in_line(model: str, kind: str, number: int) -> bytes:
+    body = chat_body(model, f"in-line-{number}")
+    match ("get", "post", "chunks", "stream")[number % 4] if kind == "mixed" else kind:
+        case "get":
+            return bytes(get(b"/livez"))
+        case "post":
+            return bytes(post(body))
+        case "chunks":
+            return bytes(chunked(body, chunks(body, 9)))
+        case "stream":
+            return bytes(post(chat_body(model, f"in-line-{number}", stream=True)))
+        case _:
+            return bytes(post(body + b" " * 20_000))

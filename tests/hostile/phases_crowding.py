@@ -19,10 +19,14 @@ _SLACK = 1.0  # seconds: the machine is busy
 
 async def play_floods(siege: Siege, *, size: float = 1.0) -> None:
     await _connect_and_leave(siege, int(2000 * size))
-    await _hold(siege, "says nothing", b"", int(500 * size))
-    await _hold(siege, "half a request line", b"POST /v1/ch", int(500 * size))
-    await _hold(siege, "half a head", bytes(get())[:-2], int(300 * size))
-    await _hold(siege, "half a body", bytes(post(b" " * 100))[:-50], int(300 * size))
+    async with trio.open_nursery() as nursery:
+        for name, data, count in (
+            ("says nothing", b"", 500),
+            ("half a request line", b"POST /v1/ch", 500),
+            ("half a head", bytes(get())[:-2], 300),
+            ("half a body", bytes(post(b" " * 100))[:-50], 300),
+        ):
+            nursery.start_soon(_hold, siege, name, data, int(count * size))
     await _many_at_once(siege, int(300 * size))
 
 
@@ -46,7 +50,7 @@ async def _hold(siege: Siege, name: str, data: bytes, count: int) -> None:
             if data:
                 await peer.send(data)
         began = trio.current_time()
-        patience = max(CLOCKS["header_timeout"], CLOCKS["body_timeout"]) + 2 + _SLACK + count / 250
+        patience = max(CLOCKS["header_timeout"], CLOCKS["body_timeout"]) + 2 + _SLACK + count / 50
         with trio.move_on_after(patience):
             async with trio.open_nursery() as nursery:
                 for peer in peers:
@@ -151,7 +155,7 @@ async def _expect_cut(
 async def _stalled_readers(siege: Siege, *, count: int) -> None:
     """They ask for long streams and read nothing: hung up on, and the engine let go."""
     lane = siege.lanes[0]
-    plan = json.dumps({"events": 3000, "size": 8000})
+    plan = json.dumps({"events": 1500, "size": 8000, "hang": 1})
     data = bytes(post(chat_body(lane.model, plan, stream=True)))
     peers = [await Peer.connect(siege.port, receive_buffer=4096) for _ in range(count)]
     try:
@@ -206,11 +210,15 @@ async def _body_that_drips(siege: Siege) -> None:
 
 
 async def _chunks_that_never_come(siege: Siege) -> None:
-    for encoded in (b"5\r\nhel", b"5", b"5\r\nhello\r\n", b"5\r\nhello\r\n0\r\n"):
+    async def play(encoded: bytes) -> None:
         async with await Peer.connect(siege.port) as peer:
             await peer.send(bytes(chunked(b"", encoded)))
             name = f"chunks {encoded!r} and silence"
             await _expect_cut(siege, name, peer, "body_timeout", [408])
+
+    async with trio.open_nursery() as nursery:
+        for encoded in (b"5\r\nhel", b"5", b"5\r\nhello\r\n", b"5\r\nhello\r\n0\r\n"):
+            nursery.start_soon(play, encoded)
 
 
 async def _continue_and_silence(siege: Siege) -> None:
@@ -359,7 +367,7 @@ async def play_stop(siege: Siege) -> None:
     await siege.healthy.rest()
     lane = siege.lanes[0]
     plans: list[tuple[dict[str, object], bytes, int | None]] = [
-        ({"events": 3000, "size": 8000}, b"", 4096),
+        ({"events": 1500, "size": 8000, "hang": 1}, b"", 4096),
         ({"events": 2000, "gap": 0.01}, b"", None),
         ({"events": 2, "hang": 1}, bytes(get()), None),
     ]

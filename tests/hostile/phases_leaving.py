@@ -72,9 +72,7 @@ async def play_departures(siege: Siege, *, every: int = 1) -> None:
 
     async def play(siege: Siege, lane: Lane, job: object) -> None:
         make, name, at, how, answering = job  # type: ignore[misc]
-        await _depart(
-            siege, lane, _Departure(make(lane.model)[name], at, how, name, answering)
-        )
+        await _depart(siege, lane, _Departure(make(lane.model)[name], at, how, name, answering))
 
     await siege.each(jobs, play)
 

@@ -19,9 +19,9 @@ from tests.support.raw_client import RawClient
 
 CLOCKS = {
     "header_timeout": 1.5,
-    "body_timeout": 2.0,
-    "keep_alive_timeout": 2.0,
-    "write_timeout": 2.0,
+    "body_timeout": 1.5,
+    "keep_alive_timeout": 1.5,
+    "write_timeout": 1.5,
     "drain_timeout": 2.0,
     "lame_duck": 0.1,
 }

@@ -87,7 +87,10 @@ class Peer:
 
 
 def chat_body(model: str, user: str = "", **fields: Any) -> bytes:
+    """Nothing in it needs to be changed on the way, so that it can be compared."""
     asked = {"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}
+    if fields.get("stream"):
+        asked["stream_options"] = {"include_usage": True}
     if user:
         asked["user"] = user
     return json.dumps(asked).encode()
@@ -127,7 +130,9 @@ def post(body: bytes, path: bytes = CHAT, version: bytes = b"HTTP/1.1") -> Raw:
     )
 
 
-def chunks(body: bytes, size: int = 0, extension: bytes = b"", trailers: Iterable[bytes] = ()) -> bytes:
+def chunks(
+    body: bytes, size: int = 0, extension: bytes = b"", trailers: Iterable[bytes] = ()
+) -> bytes:
     size = size or max(1, (len(body) + 1) // 2)
     pieces = [body[i : i + size] for i in range(0, len(body), size)]
     encoded = b"".join(b"%x%s\r\n%s\r\n" % (len(p), extension, p) for p in pieces)
