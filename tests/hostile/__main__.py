@@ -29,10 +29,10 @@ def main() -> None:
     if asked.cases is not None:
         size = attrs.evolve(size, mutants=asked.cases)
     seed = random.randrange(10**6) if asked.seed is None else asked.seed
-    print(f"seed {seed}, against {_where(asked.src)}", flush=True)
+    print(f"seed {seed}, against {_where(asked.src)}", flush=True)  # noqa: T201  # a program's output
     play = partial(besiege, asked.phase or names, size, seed=seed, src=asked.src, aloud=True)
     report = trio.run(play)
-    print(f"\n{report}")
+    print(f"\n{report}")  # noqa: T201
     sys.exit(1 if report.violations else 0)
 
 

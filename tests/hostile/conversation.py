@@ -56,6 +56,7 @@ async def _read(peer: Peer, reading: Reading, whole: bool) -> None:
     with trio.move_on_after(PATIENCE) as patience:
         while await peer.receive():
             if closes or not _is_due_over(bytes(peer.data), methods):
+                patience.deadline = trio.current_time() + PATIENCE
                 continue
             wait = _HALFWAY if reading.end == "incomplete" else QUIET
             patience.deadline = min(patience.deadline, trio.current_time() + wait)
@@ -65,6 +66,8 @@ async def _read(peer: Peer, reading: Reading, whole: bool) -> None:
 
 def _is_due_over(data: bytes, methods: Sequence[bytes]) -> bool:
     """Whether as many whole answers have come as there are requests, or the last one there is."""
+    if data.count(b"HTTP/1.1 ") < len(methods) and b"connection: close" not in data:
+        return False  # said at once, as reading all of it again and again would take its time
     try:
         final = [r for r in split_responses(data, methods) if r.status >= 200 and r.complete]
     except ValueError:

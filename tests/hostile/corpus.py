@@ -113,9 +113,12 @@ def _encodings(model: str) -> Iterator[Case]:
         "TE behind a fold", plain.plus(b"X: y", b" Transfer-Encoding: chunked"), 400, 501
     )
     for line in (
-        b"Transfer-Encoding : chunked", b"Transfer-Encoding\t: chunked", b" Transfer-Encoding: chunked",
-        b"\tTransfer-Encoding: chunked", b"Transfer-Encoding\x00: chunked", b"Transfer\xadEncoding: chunked\xff\x01",
-        b"Transfer-Encoding\x0b: chunked", b": chunked", b"Transfer Encoding: chunked", b"Transfer-Encoding chunked",
+        b"Transfer-Encoding : chunked", b"Transfer-Encoding\t: chunked",
+        b" Transfer-Encoding: chunked",
+        b"\tTransfer-Encoding: chunked", b"Transfer-Encoding\x00: chunked",
+        b"Transfer\xadEncoding: chunked\xff\x01",
+        b"Transfer-Encoding\x0b: chunked", b": chunked", b"Transfer Encoding: chunked",
+        b"Transfer-Encoding chunked",
         b"X: y\nTransfer-Encoding: chunked", b"X: y\rTransfer-Encoding: chunked",
         b"X: y\x00\nTransfer-Encoding: chunked",
     ):  # fmt: skip
@@ -257,8 +260,10 @@ def _hosts(model: str) -> Iterator[Case]:
 def _targets(model: str) -> Iterator[Case]:
     good = post(chat_body(model))
     for target in (
-        b"http://gateway/v1/chat/completions", b"http://evil/v1/chat/completions", b"*", b"?", b"v1/models",
-        b"gateway:80", b"/v1/\xe9", b"/v1/a\x00b", b"/v1/a\x01", b"/v1/\x7f", b"/v1/chat/completions#x",
+        b"http://gateway/v1/chat/completions", b"http://evil/v1/chat/completions", b"*", b"?",
+        b"v1/models",
+        b"gateway:80", b"/v1/\xe9", b"/v1/a\x00b", b"/v1/a\x01", b"/v1/\x7f",
+        b"/v1/chat/completions#x",
         b"", b"/v1 /models", b"/v1\t/models", b"\\v1", b"//[::1",
     ):  # fmt: skip
         if target == b"//[::1":
@@ -266,8 +271,10 @@ def _targets(model: str) -> Iterator[Case]:
         raw = good.started(b"POST %s HTTP/1.1" % target)
         yield _refused(f"target {target!r}", raw, 400, 404, 405, 505)
     for target in (
-        b"/v1/%2e%2e/admin", b"//v1/chat/completions", b"/v1/chat/completions;x", b"/v1/%00", b"/v1/%ff",
-        b"/v1/chat%252fcompletions", b"/v1/./chat/completions", b"/v1/../v1/chat/completions", b"/%",
+        b"/v1/%2e%2e/admin", b"//v1/chat/completions", b"/v1/chat/completions;x", b"/v1/%00",
+        b"/v1/%ff",
+        b"/v1/chat%252fcompletions", b"/v1/./chat/completions", b"/v1/../v1/chat/completions",
+        b"/%",
         b"/v1/chat/completions/", b"/v1/%zz", b"/admin", b"/v1/chat\\completions",
         b"/%76%31/nothing", b"//", b"/" + b"a" * 4000,
     ):  # fmt: skip
@@ -286,7 +293,8 @@ def _targets(model: str) -> Iterator[Case]:
 def _methods_and_versions(model: str) -> Iterator[Case]:
     good = post(chat_body(model))
     path = b"/v1/chat/completions"
-    for method in (b"CONNECT", b"TRACE", b"PRI", b"post", b"Post", b"P\x00ST", b"PO ST", b"P" * 9000,
+    for method in (b"CONNECT", b"TRACE", b"PRI", b"post", b"Post", b"P\x00ST", b"PO ST",
+        b"P" * 9000,
                    b"POSTT", b"", b"P@ST", b"\xe9", b"\"POST\""):  # fmt: skip
         raw = good.started(b"%s %s HTTP/1.1" % (method, path))
         yield _refused(f"method {method[:20]!r}", raw, 400, 405, 414, 431, 501, 505)
@@ -300,7 +308,8 @@ def _methods_and_versions(model: str) -> Iterator[Case]:
         yield Case(f"method {method!r}", bytes(raw), frozenset({400, 404, 405, 501}), closes=False)
     for version in (
         b"HTTP/1.2", b"HTTP/2.0", b"HTTP/0.9", b"HTTQ/1.1", b"http/1.1", b"HTTP/1.1x", b"HTTP/1.10",
-        b"HTTP/01.1", b"HTTP/1,1", b"HTTP/1", b"HTTP/11", b"HTTP/1.1 ", b"HTTP/ 1.1", b"HTTP/1.\xb9",
+        b"HTTP/01.1", b"HTTP/1,1", b"HTTP/1", b"HTTP/11", b"HTTP/1.1 ", b"HTTP/ 1.1",
+        b"HTTP/1.\xb9",
         b"", b"ICE/1.0", b"RTSP/1.0", b"HTTP 1.1", b"HTTP/9.9", b"HTTP/-1.1", b"HTTP/1.1\x00",
     ):  # fmt: skip
         raw = good.started(b"POST %s %s" % (path, version))
@@ -351,7 +360,8 @@ def _expectations(model: str) -> Iterator[Case]:
     good = post(chat_body(model))
     yield _kept("100-continue, not waited for", good.plus(b"Expect: 100-continue"))
     yield _kept("100-Continue", good.plus(b"Expect: 100-Continue"))
-    yield _kept("100-continue in HTTP/1.0", good.started(b"POST /v1/chat/completions HTTP/1.0").plus(
+    yield _kept("100-continue in HTTP/1.0",
+    good.started(b"POST /v1/chat/completions HTTP/1.0").plus(
         b"Connection: keep-alive", b"Expect: 100-continue"))  # fmt: skip
     yield _refused("another expectation", good.plus(b"Expect: foo"), 417)
     yield _refused("an empty expectation", good.plus(b"Expect:"), 400, 417)
@@ -382,12 +392,18 @@ def _bodies(model: str) -> Iterator[Case]:
     """Well framed, and nothing for an engine."""
     known = b'"model":"%s","messages":[{"role":"user","content":"hi"}]' % model.encode()
     for body in (
-        b"", b"{", b"[]", b'"text"', b"12", b"null", b"nonsense", b"[" * 50_000, b"{" * 2000, b"\xff\xfe{\x00}\x00",
-        b'{"a":' * 5000 + b"1" + b"}" * 5000, b"\xef\xbb\xbf{" + known + b"}", b"{" + known + b"} and more",
-        b"{" + known + b',"seed":' + b"9" * 5000 + b"}", b"{" + known + b',"x":NaN}', b"{" + known + b',"x":"\xff"}',
-        b"{" + known + b',"x":"\\ud800"}', b"{" + known + b"," + known + b"}", b"{" + known + b',"n":0}',
-        b"{" + known + b',"stream":"true"}', b"{" + known + b',"stream":1}', b"{" + known + b',"max_tokens":-1}',
-        b"{" + known + b',"temperature":"hot"}', b"{" + known + b',"x":1e400}', b"{" + known + b',"x":"\x00"}',
+        b"", b"{", b"[]", b'"text"', b"12", b"null", b"nonsense", b"[" * 50_000, b"{" * 2000,
+        b"\xff\xfe{\x00}\x00",
+        b'{"a":' * 5000 + b"1" + b"}" * 5000, b"\xef\xbb\xbf{" + known + b"}",
+        b"{" + known + b"} and more",
+        b"{" + known + b',"seed":' + b"9" * 5000 + b"}", b"{" + known + b',"x":NaN}',
+        b"{" + known + b',"x":"\xff"}',
+        b"{" + known + b',"x":"\\ud800"}', b"{" + known + b"," + known + b"}",
+        b"{" + known + b',"n":0}',
+        b"{" + known + b',"stream":"true"}', b"{" + known + b',"stream":1}',
+        b"{" + known + b',"max_tokens":-1}',
+        b"{" + known + b',"temperature":"hot"}', b"{" + known + b',"x":1e400}',
+        b"{" + known + b',"x":"\x00"}',
         b"{" + known + b',"stream_options":{"include_usage":true}}', b"\x00" * 100, b"\r\n" * 100,
     ):  # fmt: skip
         tolerated = b'"\\ud800"' in body or b"1e400" in body
@@ -478,7 +494,8 @@ def _odd_but_good(model: str) -> Iterator[Case]:
         method=b"GET",
     )
     yield _kept("GET with chunks", attrs.evolve(
-        get().plus(b"Transfer-Encoding: chunked"), body=b"5\r\nhello\r\n0\r\n\r\n"), method=b"GET")  # fmt: skip
+        get().plus(b"Transfer-Encoding: chunked"), body=b"5\r\nhello\r\n0\r\n\r\n"),
+        method=b"GET")  # fmt: skip
     for name in (CHAT, b"/v1/completions", b"/v1/embeddings"):
         fields = (
             b'{"model":"%s","prompt":"x","input":"x","messages":[{"role":"user","content":"x"}]}'

@@ -101,16 +101,19 @@ def _judge_answers(reading: Reading, final: Sequence[Response], ended: Ended) ->
             return "closed without a word"
         return None
     assert last is not None
-    return _judge_refusal(last, ended)
+    return _judge_refusal(last, ended, early=reading.end == "incomplete")
 
 
-def _judge_refusal(last: Response, ended: Ended) -> str | None:
-    """*last* answers bytes that are no whole request."""
-    if last.status < 400:
+def _judge_refusal(last: Response, ended: Ended, *, early: bool) -> str | None:
+    """*last* answers bytes that are no whole request; *early*, not yet.
+
+    What needs no body may be answered before the body has come, if the connection ends with it.
+    """
+    if last.status < 400 and not early:
         return f"what is no request was answered with {last.status}"
     if not last.closes or ended != "fin":
-        return f"refused with {last.status}, but the connection is {ended}"
-    if last.error is None:
+        return f"answered {last.status}, but the connection is {ended}"
+    if last.status >= 400 and last.error is None:
         return f"refused with {last.status} without saying why"
     return None
 

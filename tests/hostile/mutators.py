@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-import attrs
-
 from tests.hostile.wire import Raw, chat_body, chunked, chunks, get, post
 
 _BYTES = (b"\r", b"\n", b"\r\n", b"\x00", b":", b"\t", b" ", b"\x0b", b"\x0c", b"\x7f", b"\x80",
@@ -16,8 +14,10 @@ _FRAMING = (
     b"Content-Length: 0", b"Content-Length: 3", b"Content-Length: 5", b"content-length: 10000",
     b"Content-Length:", b"Content-Length: 00", b"Content-Length : 5", b"Content-Length: 1, 1",
     b"Transfer-Encoding: chunked", b"Transfer-Encoding:chunked", b"transfer-encoding: Chunked",
-    b"Transfer-Encoding: identity", b"Transfer-Encoding : chunked", b"Transfer-Encoding: chunked, x",
-    b"Transfer-Encoding:\tchunked", b"Transfer-Encoding: \x0bchunked", b"Transfer_Encoding: chunked",
+    b"Transfer-Encoding: identity", b"Transfer-Encoding : chunked",
+    b"Transfer-Encoding: chunked, x",
+    b"Transfer-Encoding:\tchunked", b"Transfer-Encoding: \x0bchunked",
+    b"Transfer_Encoding: chunked",
     b"Connection: close", b"Connection: keep-alive", b"Connection: Transfer-Encoding",
     b"Connection: Content-Length", b"Host: other", b"Host:", b"Expect: 100-continue", b"Expect: x",
     b"Upgrade: h2c", b"Upgrade: websocket", b"TE: chunked", b"Trailer: Content-Length",
@@ -25,12 +25,17 @@ _FRAMING = (
 )  # fmt: skip
 _METHODS = (b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PRI", b"post",
             b"PATCH", b"FOO", b"POST ", b" POST", b"PO\x00ST", b"")  # fmt: skip
-_VERSIONS = (b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/1.1 ", b"HTTP/11", b"http/1.1", b"HTTP/0.9",
+_VERSIONS = (b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/1.1 ", b"HTTP/11", b"http/1.1",
+            b"HTTP/0.9",
              b"HTTP/1.1\t", b"", b"HTTP/1.", b"HTTP/1.1x", b"RTSP/1.0", b"ICE/1.0")  # fmt: skip
-_TARGETS = (b"*", b"http://gateway/v1/chat/completions", b"/v1/models", b"//", b"/", b"/\xff", b"/a b",
-            b"gateway:80", b"/v1/completions", b"/v1/chat/completions?x=y", b"/v1/embeddings#x")  # fmt: skip
-_SIZES = (b"0", b"00", b"1", b"0x1", b"-1", b"+1", b" 1", b"1 ", b"1;", b"1;a=b", b"1\x00", b"g", b"",
-          b"ffffffffffffffff", b"10000000000000000", b"7fffffff", b"1\t", b"1;\n", b"1_0", b"1\r")  # fmt: skip
+_TARGETS = (b"*", b"http://gateway/v1/chat/completions", b"/v1/models", b"//", b"/", b"/\xff",
+            b"/a b",
+            b"gateway:80", b"/v1/completions", b"/v1/chat/completions?x=y",
+            b"/v1/embeddings#x")  # fmt: skip
+_SIZES = (b"0", b"00", b"1", b"0x1", b"-1", b"+1", b" 1", b"1 ", b"1;", b"1;a=b", b"1\x00", b"g",
+            b"",
+          b"ffffffffffffffff", b"10000000000000000", b"7fffffff", b"1\t", b"1;\n", b"1_0",
+          b"1\r")  # fmt: skip
 
 Mutation = Callable[[random.Random, bytes], bytes]
 
@@ -198,7 +203,7 @@ def _swap_lines(rng: random.Random, data: bytes) -> bytes:
 
 def _start_line(rng: random.Random, data: bytes) -> bytes:
     line, mark, rest = data.partition(b"\r\n")
-    parts = (line.split(b" ") + [b"", b"", b""])[:3]
+    parts = [*line.split(b" "), b"", b"", b""][:3]
     which, choices = rng.choice(((0, _METHODS), (1, _TARGETS), (2, _VERSIONS)))
     parts[which] = rng.choice(choices)
     return b" ".join(parts) + mark + rest
@@ -243,5 +248,6 @@ def _cut(rng: random.Random, data: bytes) -> bytes:
 _MUTATIONS: tuple[Mutation, ...] = (
     _insert, _insert, _insert, _insert_any, _delete, _delete, _replace, _replace, _flip, _drop_line,
     _double_line, _add_line, _add_line, _add_line, _fold_line, _case_line, _swap_lines, _swap_lines,
-    _harmless_line, _harmless_line, _case_line, _start_line, _start_line, _length, _length, _chunk_size, _chunk_size, _splice, _cut,
+    _harmless_line, _harmless_line, _case_line, _start_line, _start_line, _length, _length,
+    _chunk_size, _chunk_size, _splice, _cut,
 )  # fmt: skip

@@ -87,7 +87,7 @@ class GatewayProcess:
         """Asked over a connection of its own, which is not counted."""
         async with await RawClient.connect(self.port) as client:
             page = (await client.request("GET", "/metrics")).body.decode()
-            descriptors = sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())
+            descriptors = self.descriptors()
         upstream = int(_total(page, "citadel_gateway_upstream_connections"))
         tasks = _find(page, "citadel_gateway_tasks")
         return Levels(
@@ -97,6 +97,9 @@ class GatewayProcess:
             descriptors=descriptors - upstream,
             tasks=None if not tasks else int(sum(tasks)),
         )
+
+    def descriptors(self) -> int:
+        return sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())
 
     def resident_mb(self) -> int:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text("ascii").split()[1])

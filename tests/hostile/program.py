@@ -22,6 +22,7 @@ class Size:
     mutants: int
     first: int = 0  # the number of the first mutant
     cases_every: int = 1
+    pipeline: int = 300
     encodings_every: int = 1
     cuts_every: int = 1
     departures_every: int = 1
@@ -33,8 +34,8 @@ class Size:
 
 LONG = Size(mutants=5000)
 SHORT = Size(
-    mutants=250, encodings_every=20, cuts_every=40, departures_every=29, silent_rounds=1,
-    crowds=3, flood=0.2, readers=4,
+    mutants=250, pipeline=18, encodings_every=20, cuts_every=40, departures_every=29,
+    silent_rounds=1, crowds=3, flood=0.2, readers=4,
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def phases(size: Size) -> dict[str, Play]:
     return {
         "idle": _idle,
         "corpus": partial(b.play_corpus, every=size.cases_every),
-        "pipelines": b.play_pipelines,
+        "pipelines": partial(b.play_pipelines, most=size.pipeline),
         "mutants": partial(b.play_mutants, cases=size.mutants, first=size.first),
         "encodings": partial(b.play_encodings, every=size.encodings_every),
         "deliveries": partial(b.play_deliveries, every=size.cuts_every),

@@ -6,6 +6,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal, Self
 
 import attrs
@@ -64,19 +65,15 @@ class Peer:
         return bytes(self.data)
 
     def half_close(self) -> None:
-        try:
+        with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
 
     def close(self) -> None:
         self.sock.close()
 
     def reset(self) -> None:
-        try:
+        with suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        except OSError:
-            pass
         self.sock.close()
 
     async def __aenter__(self) -> Self:
