@@ -122,6 +122,8 @@ def _judge_matching(requests: Sequence[Request], final: Sequence[Response]) -> s
     """Whoever has an answer has their own."""
     for request, response in zip(requests, final, strict=False):
         asked = request.method == b"POST" and request.path in INFERENCE
+        if asked and response.status == 400 and _refuses_json(response, request):
+            return f"refused as no JSON, which it is: {response.body[:200]!r}"
         if not _MODEL.search(request.body):
             continue  # the default model's name was put in, so the engine saw another body
         if not asked or response.status != 200 or b"data: " in response.body:
@@ -129,6 +131,17 @@ def _judge_matching(requests: Sequence[Request], final: Sequence[Response]) -> s
         if digest(request.body) not in json.dumps(response.body.decode("latin-1")):
             return f"somebody else's answer: {response.body[:200]!r}"
     return None
+
+
+def _refuses_json(response: Response, request: Request) -> bool:
+    """Whether a whole and sound body was taken for something else: did it arrive?"""
+    error = response.error or {}
+    if error.get("code") == "bad_http_request" or error.get("param") is not None:
+        return False
+    try:
+        return isinstance(json.loads(request.body), dict)
+    except ValueError:
+        return False
 
 
 def is_stricter(reading: Reading, outcome: Outcome) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import attrs
+import trio
 
 from tests.hostile.conversation import converse
 from tests.hostile.corpus import Case, corpus
@@ -12,7 +15,7 @@ from tests.hostile.mutators import canary, mutant, smuggled_encodings
 from tests.hostile.oracle import Reading, Request, read, read_strictly
 from tests.hostile.responses import split_responses
 from tests.hostile.siege import Siege
-from tests.hostile.wire import CHAT, chat_body, chunked, chunks, get, post
+from tests.hostile.wire import CHAT, Peer, chat_body, chunked, chunks, get, post
 
 
 async def play_corpus(siege: Siege, *, every: int = 1) -> None:
@@ -131,6 +134,10 @@ def _say(reading: Reading) -> str:
     return f"{len(reading.requests)} requests, then {reading.end} {reading.why}".rstrip()
 
 
+_PILED_UP_MB = 25
+_PILES_UP_WITHIN = 1.0
+
+
 @attrs.frozen
 class _Sample:
     name: str
@@ -145,7 +152,7 @@ def _samples(model: str) -> list[_Sample]:
         _Sample("chunks", bytes(chunked(body, chunks(body, 30, b";a=b", (b"X: y",))))),
         _Sample("three in a row", bytes(good) + bytes(get()) + bytes(chunked(body))),
         _Sample("CL and TE", bytes(chunked(body).plus(b"Content-Length: 5")) + bytes(good)),
-        _Sample("an error, and more", bytes(good) + bytes(get(b"/no")) + b"X\r\n\r\n" + bytes(good)),
+        _Sample("an error", bytes(good) + bytes(get(b"/no")) + b"X\r\n\r\n" + bytes(good)),
         _Sample("a bad chunk", bytes(chunked(body, b"5\r\nhelloX\r\n0\r\n\r\n")) + bytes(good)),
         _Sample("a bare LF", bytes(good.plus(b"X: a\nb")) + bytes(good)),
         _Sample("a fold", bytes(good.plus(b"X: a", b" b")) + bytes(good)),
@@ -205,9 +212,33 @@ async def play_pipelines(siege: Siege, *, most: int) -> None:
             )
 
     kinds = ("get", "post", "chunks", "stream", "mixed", "large")
-    await siege.each(
-        [(k, n) for k in kinds for n in (2, 5, 16, 17, 18, 50, 300) if n <= most], play
-    )
+    counts = [n for n in (2, 5, 16, 17, 18, 50, 300) if n <= most]
+    await siege.each([(kind, n) for kind in kinds for n in counts], play)
+    await _pipeline_without_end(siege)
+
+
+async def _pipeline_without_end(siege: Siege) -> None:
+    """Behind a request that takes its time: what comes is not kept for ever."""
+    lane = siege.lanes[0]
+    data = bytes(post(chat_body(lane.model, json.dumps({"hang": 1}))))
+    before = siege.gateway.resident_mb()
+    async with await Peer.connect(siege.port) as peer:
+        await peer.send(data)
+        with trio.move_on_after(3):
+            await lane.engine.wait_until(lambda: lane.engine.in_flight == 1)
+        block = bytes(get(b"/livez")) * 1000
+        with trio.move_on_after(4):
+            for _ in range(120):
+                if not await peer.send(block):
+                    break
+        grown = 0
+        with trio.move_on_after(_PILES_UP_WITHIN):
+            while grown <= _PILED_UP_MB:
+                await trio.sleep(0.1)
+                grown = siege.gateway.resident_mb() - before
+        siege.report.note(f"120 000 requests behind one: {grown} MB more")
+        if grown > _PILED_UP_MB:
+            siege.report.found("120 000 requests behind one", f"{grown} MB were kept", data)
 
 
 def _in_line(model: str, kind: str, number: int) -> bytes:

@@ -96,6 +96,7 @@ async def play_slowness(siege: Siege, *, readers: int = 8) -> None:
     """Everything that takes a clock to run out, all at the same time."""
     cases: list[Callable[[Siege], Awaitable[None]]] = [
         partial(_stalled_readers, count=readers),
+        _trickling_reader,
         _body_that_never_comes,
         _body_that_drips,
         _chunks_that_never_come,
@@ -178,6 +179,23 @@ async def _stalled_readers(siege: Siege, *, count: int) -> None:
             peer.reset()
 
 
+async def _trickling_reader(siege: Siege) -> None:
+    """It reads, so that its kernel goes on acknowledging, but far too slowly."""
+    lane = siege.lanes[4]
+    plan = json.dumps({"events": 1500, "size": 8000, "hang": 1})
+    allowed = CLOCKS["write_timeout"] * 3 + 2 + _SLACK
+    async with await Peer.connect(siege.port, receive_buffer=16384) as peer:
+        await peer.send(bytes(post(chat_body(lane.model, plan, stream=True))))
+        with trio.move_on_after(5):
+            await lane.engine.wait_until(lambda: lane.engine.in_flight == 1)
+        with trio.move_on_after(allowed) as patience:
+            while lane.engine.in_flight:
+                await peer.receive(2000)
+                await trio.sleep(0.1)
+        why = f"still served after {allowed} s, though 64 KiB are due every write_timeout"
+        _expect(siege, "a reader that trickles", not patience.cancelled_caught, why)
+
+
 async def _slow_reader_in_the_end(siege: Siege) -> None:
     """Slow, but not stalled: it gets all of it, whole."""
     lane = siege.lanes[1]
@@ -245,13 +263,15 @@ async def _continue_then_the_body(siege: Siege) -> None:
                     await peer.receive()
             expected = b"HTTP/1.1 100 Continue\r\n\r\n"
             _expect(siege, case, bytes(peer.data) == expected, f"not asked, {number}", peer)
-            await peer.send(body)
+            await peer.send(body[:20])
+            await trio.sleep(0.05)  # so that the rest is waited for again, and not asked for again
+            await peer.send(body[20:])
             with trio.move_on_after(3):
                 while not _answers(peer) or not _answers(peer)[-1].complete:
                     if not await peer.receive():
                         break
-            got = [r.status for r in _answers(peer)]
-            _expect(siege, case, got == [200], f"answered {got}, {number}", peer)
+            got = [r.status for r in split_responses(bytes(peer.data))]
+            _expect(siege, case, got == [100, 200], f"answered {got}, {number}", peer)
 
 
 async def _drip(peer: Peer, data: bytes, gap: float) -> None:
