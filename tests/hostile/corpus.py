@@ -87,9 +87,32 @@ def _framing(model: str) -> Iterator[Case]:
         b"\xef\xbc\x91", b"a", b"18446744073709551616", b"\"%d\"" % size, b",%d" % size,
     ):  # fmt: skip
         yield _refused(f"CL {value!r}", plain.plus(b"Content-Length: " + value))
+    yield Case(
+        "HEAD with CL and TE",
+        bytes(chunked(body).started(b"HEAD /v1/models HTTP/1.1").plus(b"Content-Length: 5")),
+        BAD, closes=True, method=b"HEAD",
+    )  # fmt: skip
     yield _refused("CL 00n", plain.plus(b"Content-Length: 00%d" % size))
     yield _refused("a space before the colon of CL", plain.plus(b"Content-Length : %d" % size))
     yield _refused("a tab before the colon of CL", plain.plus(b"Content-Length\t: %d" % size))
+
+
+def closings(model: str) -> Iterator[tuple[str, bytes]]:
+    """Good requests that do, or do not, end their connection; the oracle knows which."""
+    for version in (b"HTTP/1.0", b"HTTP/1.1"):
+        for options in (
+            (), (b"close",), (b"Close",), (b"keep-alive",), (b"Keep-Alive",), (b"closed",),
+            (b"close", b"keep-alive"), (b"keep-alive", b"close"), (b"close, keep-alive",),
+            (b"keep-alive, close",), (b"x,close",), (b"close,x",), (b"\tclose\t",), (b"",),
+            (b"keep-alive, x",), (b"x", b"close"), (b"upgrade",), (b",close",), (b"clo se",),
+            (b"close",) * 2, (b"keep-alive",) * 2,
+        ):  # fmt: skip
+            for raw in (post(chat_body(model, "closing"), version=version), get()):
+                start, *fields = raw.lines
+                start = start.replace(b"HTTP/1.1", version)
+                lines = (start, *fields, *(b"Connection: " + option for option in options))
+                name = f"{start.decode()}, Connection {options}"
+                yield name, bytes(attrs.evolve(raw, lines=lines))
 
 
 def _encodings(model: str) -> Iterator[Case]:

@@ -84,7 +84,8 @@ class Lane:
         steps = [sleep(plan["delay"])] if plan.get("delay") else []
         if plan.get("hang"):
             steps.append(hang())
-        return Script([*steps, *_whole(entry.path, text).steps])
+        filler = "x" * int(plan.get("size", 0))
+        return Script([*steps, *_whole(entry.path, text + filler).steps])
 
 
 def _plan(asked: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import attrs
 import trio
 
 from tests.hostile.conversation import converse
-from tests.hostile.corpus import Case, corpus
+from tests.hostile.corpus import Case, closings, corpus
 from tests.hostile.engines import Lane
 from tests.hostile.judge import Outcome, is_stricter, judge
 from tests.hostile.mutators import canary, mutant, smuggled_encodings
@@ -87,6 +87,16 @@ async def play_mutants(siege: Siege, *, cases: int, first: int = 0) -> None:
         await _play_differential(siege, lane, f"mutant {number}", data)
 
     await siege.each(range(first, first + cases), play)
+
+
+async def play_closings(siege: Siege) -> None:
+    cases = {lane.model: list(closings(lane.model)) for lane in siege.lanes}
+
+    async def play(siege: Siege, lane: Lane, number: int) -> None:
+        name, data = cases[lane.model][number]
+        await _play_differential(siege, lane, name, data)
+
+    await siege.each(range(len(cases[siege.lanes[0].model])), play)
 
 
 async def play_encodings(siege: Siege, *, every: int = 1) -> None:
@@ -191,7 +201,7 @@ async def play_deliveries(siege: Siege, *, every: int = 1) -> None:
 
     jobs: list[tuple[int, int | None]] = [(number, None) for number in range(count)]
     for number in range(count):
-        size = len(_samples("lane0")[number].data)
+        size = len(_samples(siege.lanes[0].model)[number].data)
         start = 1 + siege.rng("cut", number).randrange(every)
         jobs += [(number, cut) for cut in range(start, size, every)]
     await siege.each(jobs, deliver)

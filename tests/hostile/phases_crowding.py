@@ -12,7 +12,7 @@ import trio
 from tests.hostile.process import CLOCKS
 from tests.hostile.responses import Response, split_responses
 from tests.hostile.siege import Siege
-from tests.hostile.wire import CHAT, Peer, chat_body, chunked, get, post
+from tests.hostile.wire import CHAT, Peer, chat_body, chunked, chunks, get, post
 
 _SLACK = 1.0  # seconds: the machine is busy
 
@@ -97,6 +97,8 @@ async def play_slowness(siege: Siege, *, readers: int = 8) -> None:
     cases: list[Callable[[Siege], Awaitable[None]]] = [
         partial(_stalled_readers, count=readers),
         _trickling_reader,
+        _stalled_reader_of_a_whole_answer,
+        _crumbs,
         _body_that_never_comes,
         _body_that_drips,
         _chunks_that_never_come,
@@ -177,6 +179,41 @@ async def _stalled_readers(siege: Siege, *, count: int) -> None:
     finally:
         for peer in peers:
             peer.reset()
+
+
+async def _stalled_reader_of_a_whole_answer(siege: Siege) -> None:
+    """It never gets all of it, since it was hung up on long before it began to read."""
+    lane = siege.lanes[5]
+    size = 12_000_000
+    body = chat_body(lane.model, json.dumps({"size": size}))
+    async with await Peer.connect(siege.port, receive_buffer=4096) as peer:
+        await peer.send(bytes(post(body)))
+        await trio.sleep(CLOCKS["write_timeout"] * 2 + _SLACK)
+        with trio.move_on_after(10):
+            await peer.receive_to_the_end()
+        got = len(peer.data)
+        _expect(
+            siege, "a whole answer, unread", got < size, "it was kept for a reader that stopped"
+        )
+
+
+_CRUMBS = 100_000
+
+
+async def _crumbs(siege: Siege) -> None:
+    """A body in chunks of one byte: a lot of work for little. The others must not feel it."""
+    lane = siege.lanes[6]
+    body = chat_body(lane.model, "crumbs")
+    body += b" " * (_CRUMBS - len(body))
+    async with await Peer.connect(siege.port) as peer, trio.open_nursery() as nursery:
+        nursery.start_soon(peer.send, bytes(chunked(body, chunks(body, 1))))
+        with trio.move_on_after(15):
+            while await peer.receive():
+                if (found := _answers(peer)) and found[0].complete:
+                    break
+        nursery.cancel_scope.cancel(reason="it is answered")
+    got = [r.status for r in _answers(peer)]
+    _expect(siege, "chunks of one byte", got in ([200], [413]), f"answered {got}", peer)
 
 
 async def _trickling_reader(siege: Siege) -> None:

@@ -75,7 +75,7 @@ async def play_departures(siege: Siege, *, every: int = 1) -> None:
     numbers = itertools.count(1)
     sizes = {"whole": 620, "stream": 1500, "refusal": 320, "listing": 900}
     for make, answering in ((_requests, False), (_answered, True)):
-        for name, data in make("lane0", _mark(0)).items():
+        for name, data in make(siege.lanes[0].model, _mark(0)).items():
             size = sizes[name] if answering else len(data) + 1
             for i, how in enumerate(HOWS):
                 start = siege.rng("departure", name, how).randrange(every) + i

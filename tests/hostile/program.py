@@ -46,6 +46,7 @@ def phases(size: Size) -> dict[str, Play]:
         "idle": _idle,
         "corpus": partial(b.play_corpus, every=size.cases_every),
         "pipelines": partial(b.play_pipelines, most=size.pipeline),
+        "closings": b.play_closings,
         "mutants": partial(b.play_mutants, cases=size.mutants, first=size.first),
         "encodings": partial(b.play_encodings, every=size.encodings_every),
         "deliveries": partial(b.play_deliveries, every=size.cuts_every),

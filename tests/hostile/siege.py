@@ -158,7 +158,7 @@ async def siege(
 ) -> AsyncIterator[Siege]:
     """A running gateway, its engines in this process, and healthy clients all the while."""
     report = report or Report(seed)
-    attackers = [Lane(f"lane{i}") for i in range(lanes)]
+    attackers = [Lane(f"lane-{chr(97 + i) * 3}") for i in range(lanes)]  # no mutant of another
     stray, well = Lane("stray"), Lane("healthy")
     async with trio.open_nursery() as nursery:
         every = [stray, well, *attackers]

@@ -14,7 +14,7 @@ PATIENCE = 50.0
 @pytest.mark.parametrize(
     "names",
     [
-        ["corpus", "pipelines"],
+        ["corpus", "closings", "pipelines"],
         ["mutants", "encodings"],
         ["deliveries", "departures", "silent engines", "crowds"],
         ["floods", "slowness", "stop"],
