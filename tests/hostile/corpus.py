@@ -337,6 +337,12 @@ def _methods_and_versions(model: str) -> Iterator[Case]:
     ):  # fmt: skip
         raw = good.started(b"POST %s %s" % (path, version))
         yield _refused(f"version {version!r}", raw, 400, 505)
+    for line in (
+        b"SOURCE /v1/models ICE/1.0",
+        b"GET /v1/models RTSP/1.0",
+        b"GET /v1/models ICE/1.0",
+    ):
+        yield _refused(f"{line!r}", get().started(line), 400, 405, 501, 505)
     yield _refused("HTTP/0.9", b"GET /v1/models\r\n\r\n", 400, 505)
     yield _refused(
         "two spaces before the target", good.started(b"POST  %s HTTP/1.1" % path), 400, 505

@@ -349,11 +349,19 @@ async def _never_used(siege: Siege) -> None:
 
 async def _empty_lines_for_ever(siege: Siege) -> None:
     """Lines that may stand before a request are no request, and put no clock back."""
-    async with await Peer.connect(siege.port) as peer, trio.open_nursery() as nursery:
-        nursery.start_soon(_drip, peer, b"\r\n" * 100, 0.05)
-        took = await _ends_within(peer, CLOCKS["header_timeout"] + 2.5 + _SLACK)
-        nursery.cancel_scope.cancel(reason="it has been cut")
-        _expect(siege, "empty lines for ever", took < math.inf, "not cut by header_timeout", peer)
+
+    async def play(before: bytes, clock: str) -> None:
+        case = f"empty lines for ever, after {before[:20]!r}"
+        async with await Peer.connect(siege.port) as peer, trio.open_nursery() as nursery:
+            await peer.send(before)
+            nursery.start_soon(_drip, peer, b"\r\n" * 100, 0.05)
+            took = await _ends_within(peer, CLOCKS[clock] + 2.5 + _SLACK)
+            nursery.cancel_scope.cancel(reason="it has been cut")
+            _expect(siege, case, took < math.inf, f"not cut by {clock}", peer)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(play, b"", "header_timeout")
+        nursery.start_soon(play, bytes(get()), "keep_alive_timeout")
 
 
 async def _a_thousand_requests(siege: Siege) -> None:

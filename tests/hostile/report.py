@@ -60,9 +60,16 @@ class Report:
         if self.aloud:
             print(text, flush=True)  # noqa: T201  # a program's output
 
+    @property
+    def summary(self) -> str:
+        counts = [f"{n:9d}  {what}" for what, n in sorted(self.counts.items())]
+        short = [f"  [{v.phase}] {v.case}: {v.why[:200]}" for v in self.violations]
+        found = self.counts["violations"]
+        verdict = f"seed {self.seed}: {found} violations" if found else f"seed {self.seed}: clean"
+        return "\n".join([*counts, verdict, *short])
+
     def __str__(self) -> str:
-        counts = [f"  {n:7d}  {what}" for what, n in sorted(self.counts.items())]
-        return "\n".join([f"seed {self.seed}", *map(str, self.violations), *counts])
+        return "\n".join([self.summary, *map(str, self.violations)])
 
     def assert_clean(self) -> None:
         assert not self.violations, f"\n{self}"
