@@ -188,7 +188,7 @@ async def _stalled_reader_of_a_whole_answer(siege: Siege) -> None:
     body = chat_body(lane.model, json.dumps({"size": size}))
     async with await Peer.connect(siege.port, receive_buffer=4096) as peer:
         await peer.send(bytes(post(body)))
-        await trio.sleep(CLOCKS["write_timeout"] * 2 + _SLACK)
+        await trio.sleep(CLOCKS["write_timeout"] + 1.2)
         with trio.move_on_after(10):
             await peer.receive_to_the_end()
         got = len(peer.data)
