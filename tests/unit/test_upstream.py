@@ -33,8 +33,9 @@ from citadel_gateway.io.target import Call, Target, Timing, split_url
 from citadel_gateway.io.upstream import UpstreamClient, WholeAnswer
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.retry import Judgement, Retry
-from citadel_gateway.wire.openai_answer import StreamReader, Usage
+from citadel_gateway.wire.openai_answer import Usage
 from citadel_gateway.wire.openai_request import Kind, parse_request
+from citadel_gateway.wire.openai_stream import StreamReader
 from tests.support import scripted_engine as engines
 from tests.support.memory_net import MemoryByteStream, MemoryNet
 from tests.support.scripted_engine import (

@@ -25,8 +25,8 @@ from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.retry import Retry, RetryBudget
 from citadel_gateway.policy.waitroom import Full, Nobody, Ticket
 from citadel_gateway.wire.headers import Headers
-from citadel_gateway.wire.openai_answer import StreamReader
 from citadel_gateway.wire.openai_request import InferenceRequest
+from citadel_gateway.wire.openai_stream import StreamReader
 
 _CONNECT = 2.0
 _IDLE = 20.0

@@ -15,13 +15,8 @@ from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import Phase
 from citadel_gateway.wire.headers import first
 from citadel_gateway.wire.http1_response import BadResponse, CutShort
-from citadel_gateway.wire.openai_answer import (
-    EngineError,
-    EventKind,
-    NotAnAnswer,
-    StreamReader,
-    raise_if_error,
-)
+from citadel_gateway.wire.openai_answer import EngineError, NotAnAnswer, raise_if_error
+from citadel_gateway.wire.openai_stream import EventKind, StreamReader
 from citadel_gateway.wire.sse import DONE, EventSplitter
 
 _MAX_HELD_EVENTS = 64

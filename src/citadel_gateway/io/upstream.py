@@ -15,7 +15,8 @@ from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.stream_relay import Sink, StreamRelay
 from citadel_gateway.io.target import Call, Target, Timing
-from citadel_gateway.wire.openai_answer import StreamReader, Usage, check_whole_answer
+from citadel_gateway.wire.openai_answer import Usage, check_whole_answer
+from citadel_gateway.wire.openai_stream import StreamReader
 
 MAX_ANSWER = 64 * 2**20
 
