@@ -47,7 +47,6 @@ class Measured:
     config: str = ""
     env: dict[str, str] = attrs.field(factory=dict)
     problem: str = ""
-    start_s: list[float] = attrs.field(factory=list)
     idle_mb: list[float] = attrs.field(factory=list)
     own_loads: dict[str, dict[str, Any]] = attrs.field(factory=dict)  # where not as the others'
     loads: dict[str, list[dict[str, Any]]] = attrs.field(factory=dict)
@@ -119,7 +118,7 @@ def start_all(
     started: list[Running] = []
     for one in starting:
         try:
-            one.measured.start_s.append(first_answer(one.port, one.process))
+            first_answer(one.port, one.process)
         except Unavailable as problem:
             last = (folder / one.gateway.name / "output.log").read_text("utf-8", "replace")
             one.measured.problem = str(problem)

@@ -6,7 +6,8 @@ With ``--watch PID`` it also reports what that process and all below it used mea
 streams that is a window of ``--window`` seconds which begins once every stream has had its first
 chunk: what opening and closing cost is not in it.  Streams must be long enough for that; the
 report's ``window`` says how many were open at its end.  With ``--leave`` all clients hang up after
-the window, and a stream that is open and well until then counts as done.
+the window, and a stream that is open and well until then counts as done.  After ``--within``
+seconds the driver gives up, and what is not done has failed.
 """
 
 from __future__ import annotations
@@ -193,7 +194,14 @@ def whole(port: int, connections: int, seconds: float, raw: bytes, watch: int) -
 
 
 def streams(
-    port: int, connections: int, raw: bytes, over: float, window: Window, *, leave: bool
+    port: int,
+    connections: int,
+    raw: bytes,
+    *,
+    over: float,
+    window: Window,
+    leave: bool,
+    within: float,
 ) -> dict[str, Any]:
     """One stream on each connection; they begin evenly spread over *over* seconds."""
     tally, epoll = Tally(), select.epoll()
@@ -208,7 +216,10 @@ def streams(
             client.began = time.monotonic()
             client.sock.sendall(raw)
             opened += 1
-        soon = over / connections if opened < connections else 0.1 if window.is_open else 30
+        if now - began > within:
+            tally.failed = connections - tally.done
+            break
+        soon = over / connections if opened < connections else 0.1 if window.is_open else 1
         for fd, _ in epoll.poll(soon):
             client = clients[fd]
             had = client.chunks
@@ -236,7 +247,7 @@ def streams(
                 tally.done += len(clients)
                 break
     report = tally.report(time.monotonic() - began)
-    report["window"] = window.found
+    report |= {"began": len(tally.latencies), "window": window.found}
     return report
 
 
@@ -253,13 +264,17 @@ def main() -> None:
     parser.add_argument("--watch", type=int, default=0, help="process whose CPU and memory count")
     parser.add_argument("--window", type=float, default=3.0, help="seconds of streams watched")
     parser.add_argument("--leave", action="store_true", help="hang up after the window")
+    parser.add_argument("--within", type=float, default=60.0, help="of all streams, then give up")
     a = parser.parse_args()
     raw = request(streamed=a.what == "streams", chunks=a.chunks, pace=a.pace, key=a.key)
     if a.what == "whole":
         report = whole(a.port, a.connections, a.seconds, raw, a.watch)
     else:
         window = Window(a.watch, a.window)
-        report = streams(a.port, a.connections, raw, a.over, window, leave=a.leave)
+        report = streams(
+            a.port, a.connections, raw,
+            over=a.over, window=window, leave=a.leave, within=a.within,
+        )  # fmt: skip
     json.dump(report, sys.stdout)
 
 

@@ -74,16 +74,21 @@ def load_for(load: Load, *, slow: bool) -> Load | None:
     return SLOW.get(load.name, load) if slow else load
 
 
-def drive(load: Load, port: int, watch: int = 0, within: float = 60) -> dict[str, Any]:
+def drive(load: Load, port: int, watch: int = 0, within: float = 40) -> dict[str, Any]:
     """The driver's report.  One that never ends, or breaks, is a report of everything failed."""
     command = [
         sys.executable, "-m", "bench.load", *load.arguments, "--port", str(port),
         "--connections", str(load.connections), "--key", KEY, "--watch", str(watch),
+        "--within", str(within),
     ]  # fmt: skip
     try:
-        said = subprocess.run(command, check=True, capture_output=True, timeout=within)
+        said = subprocess.run(command, check=True, capture_output=True, timeout=within + 10)
     except subprocess.TimeoutExpired:
-        return {"requests": 0, "failed": load.connections, "problem": f"not over in {within} s"}
+        return {
+            "requests": 0,
+            "failed": load.connections,
+            "problem": f"the driver hangs after {within} s",
+        }
     except subprocess.CalledProcessError as error:
         problem = error.stderr.decode().strip().splitlines()[-1:]
         return {"requests": 0, "failed": load.connections, "problem": "".join(problem)}

@@ -222,7 +222,7 @@ def lines(
     if not known:
         return None
     canvas = Canvas(height=420, title=title, subtitle=subtitle)
-    left, right, top, bottom = 64, WIDTH - 190, 70, 362
+    left, right, top, bottom = 64, WIDTH - 190, 86, 366
     if log:
         low, high = decades(min(known), max(known))
         y, ticks = logarithmic(low, high, bottom, top), log_ticks(low, high)
@@ -238,7 +238,7 @@ def lines(
                     kind="faint")  # fmt: skip
     canvas.line(left, bottom, right + 8, bottom, "axis")
     canvas.text((left + right) / 2, bottom + 42, "open streams", anchor="middle", kind="faint")
-    canvas.text(left - 48, top - 10, unit, kind="faint")
+    canvas.text(16, top - 14, unit, kind="faint")
     ends: list[tuple[Series, float, float, float]] = []
     for one in series:
         points = [
@@ -252,14 +252,18 @@ def lines(
         last = [value for column in columns if (value := one.values.get(column)) is not None][-1]
         ends.append((one, *points[-1], last))
     reaching = [end for end in ends if end[1] > x(len(columns) - 1) - 1]
+
+    def end_label(one: Series, px: float, py: float, value: float) -> None:
+        text = f"{name(one.row)} \u00b7 {short(value)}"
+        canvas.text(px, py + 4, text, kind=weight(one.row), fill=colour(one.row))
+
     places = apart([end[2] for end in reaching], 17)
     for (one, _, _, last), place in zip(reaching, places, strict=True):
-        canvas.text(right + 10, place + 4, f"{name(one.row)}  {short(last)}", kind=weight(one.row),
-                    fill=colour(one.row))  # fmt: skip
-    for one, px, py, last in ends:
-        if px <= x(len(columns) - 1) - 1:
-            canvas.text(px + 10, py + 4, f"{name(one.row)}  {short(last)}", kind=weight(one.row),
-                        fill=colour(one.row))  # fmt: skip
+        end_label(one, right + 10, place, last)
+    for end in ends:
+        if end not in reaching:
+            one, px, py, last = end
+            end_label(one, px + 10, py, last)
     return canvas.svg()
 
 
@@ -274,7 +278,7 @@ def latency_dots(found: dict[str, Any], shown: Sequence[Row]) -> str | None:
     ]
     if not points:
         return None
-    top, each = 72, 38
+    top, each = 72, 34
     bottom = top + each * len(points)
     canvas = Canvas(
         height=bottom + 50,
@@ -282,20 +286,21 @@ def latency_dots(found: dict[str, Any], shown: Sequence[Row]) -> str | None:
         subtitle="filled: median; ring: 99th percentile; both less what the engine alone takes",
     )
     low, high = decades(min(p for point in points for p in point[1:]), max(p[2] for p in points))
-    x = logarithmic(low, high, 140, WIDTH - 70)
+    x = logarithmic(low, high, 140, WIDTH - 110)
     for tick in log_ticks(low, high):
         canvas.line(x(tick), top - 8, x(tick), bottom - 4, "grid")
         canvas.text(x(tick), bottom + 14, short(tick), anchor="middle", kind="faint")
-    canvas.text((140 + WIDTH - 70) / 2, bottom + 36, "ms, logarithmic", anchor="middle",
+    canvas.text((140 + WIDTH - 110) / 2, bottom + 36, "ms, logarithmic", anchor="middle",
                 kind="faint")  # fmt: skip
     for i, (row, p50, p99) in enumerate(points):
         y = top + each * i + 14
         canvas.text(120, y + 4, name(row), anchor="end", kind=weight(row))
-        canvas.path([(x(p50), y), (x(p99) - 5, y)], colour(row), 2)
+        gap = math.copysign(min(5, abs(x(p99) - x(p50))), x(p99) - x(p50))
+        canvas.path([(x(p50), y), (x(p99) - gap, y)], colour(row), 2)
         canvas.dot(x(p50), y, colour(row), radius=5)
         canvas.dot(x(p99), y, colour(row), hollow=True)
-        canvas.text(x(p50), y - 10, short(p50), anchor="middle", kind="faint")
-        canvas.text(x(p99) + 10, y + 4, short(p99), kind="faint")
+        both = f"{short(p50)} \u2013 {short(p99)}"
+        canvas.text(max(x(p50), x(p99)) + 12, y + 4, both, kind="faint")
     return canvas.svg()
 
 

@@ -120,7 +120,6 @@ def latency_table(found: dict[str, Any], shown: Sequence[Row]) -> list[str]:
             number(added_ms(found, row, "p99_ms")),
             first(row, "200 streams", "p50_ms"),
             first(row, "200 streams", "p99_ms"),
-            number(row.start_s),
         ]
         for row in shown
     ]
@@ -130,10 +129,9 @@ def latency_table(found: dict[str, Any], shown: Sequence[Row]) -> list[str]:
         "Whole requests, one connection: the quantile through the gateway less the same quantile "
         f"straight to the engine ({number(direct(found, 'p50_ms'))} ms and "
         f"{number(direct(found, 'p99_ms'))} ms). First chunk: from the request to the first chunk "
-        "while 200 streams are being opened, engine included. Start: from the start of all "
-        "gateways at once to a first good answer, in seconds.",
+        "while 200 streams are being opened, engine included.",
         "",
-        *table(["gateway", "p50", "p99", "first chunk p50", "p99", "start, s"], body),
+        *table(["gateway", "p50", "p99", "first chunk p50", "p99"], body),
     ]
 
 

@@ -34,7 +34,6 @@ class Row:
     version: str
     problem: str
     idle_mb: float | None
-    start_s: float | None
     cells: dict[str, Cell]
 
     def cost(self, load: str) -> float | None:
@@ -101,7 +100,6 @@ def rows(found: dict[str, Any]) -> list[Row]:
             version=gateway["version"],
             problem=gateway["problem"],
             idle_mb=median(gateway["idle_mb"]),
-            start_s=median(gateway["start_s"]),
             cells={
                 load: cell({**loads[load], **gateway["own_loads"].get(load, {})}, reports)
                 for load, reports in gateway["loads"].items()
