@@ -253,17 +253,17 @@ def lines(
         ends.append((one, *points[-1], last))
     reaching = [end for end in ends if end[1] > x(len(columns) - 1) - 1]
 
-    def end_label(one: Series, px: float, py: float, value: float) -> None:
+    def label(one: Series, px: float, py: float, value: float, anchor: str = "start") -> None:
         text = f"{name(one.row)} \u00b7 {short(value)}"
-        canvas.text(px, py + 4, text, kind=weight(one.row), fill=colour(one.row))
+        canvas.text(px, py + 4, text, anchor=anchor, kind=weight(one.row), fill=colour(one.row))
 
     places = apart([end[2] for end in reaching], 17)
     for (one, _, _, last), place in zip(reaching, places, strict=True):
-        end_label(one, right + 10, place, last)
+        label(one, right + 10, place, last)
     for end in ends:
         if end not in reaching:
             one, px, py, last = end
-            end_label(one, px + 10, py, last)
+            label(one, px, py + 17, last, "middle")
     return canvas.svg()
 
 
