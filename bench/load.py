@@ -217,7 +217,8 @@ def streams(
             client.sock.sendall(raw)
             opened += 1
         if now - began > within:
-            tally.done += leave and sum(1 for client in clients.values() if client.chunks)
+            if leave:
+                tally.done += sum(1 for client in clients.values() if client.chunks)
             tally.failed = connections - tally.done
             break
         soon = over / connections if opened < connections else 0.1 if window.is_open else 1

@@ -242,7 +242,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"{found['date']}, {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['memory_gb']} GB, Python {machine['python']}; "
-        f"{found['rounds']} rounds, medians. "
+        f"medians of {found['rounds']} round{'s' if found['rounds'] != 1 else ''}. "
         "Method and caveats: [README](../README.md). Everything that was measured: "
         "[compare.json](compare.json).",
         "",
