@@ -157,6 +157,8 @@ def compare(rounds: int) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
                 started = start_all(programs, measured, engine, Path(folder), stack)
                 say(f"round {turn + 1}: {', '.join(one.gateway.name for one in started)} run")
+                if not started:
+                    raise SystemExit("not one gateway runs: see above")
                 one_round(started, engine, direct, turn)
         say("many endpoints")
         many = scale.measure(engine, rounds)
