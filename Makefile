@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo demo-llm test format lint types unit tools clean
+.PHONY: demo demo-llm test format lint types unit bench bench-instructions tools clean
 
 # The stamp is remade when the dependencies change, so that a second `make` starts at once.
 $(VENV)/installed: pyproject.toml
@@ -39,10 +39,19 @@ types: $(VENV)/installed
 unit: $(VENV)/engine
 	$(BIN)/pytest -q
 
+# Side by side with other gateways, about ten minutes; each gets an environment in .peers/ by itself.
+# ROUNDS=1 for a quick look.  nginx, if it is to take part, from the system.
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.compare
+
+# Instructions of the hot path under valgrind, against the last accepted count.
+bench-instructions: $(VENV)/installed
+	$(BIN)/python -m bench.instructions $(ARGS)
+
 # Programs that some checks call and skip without: promtool, ab, systemd-analyze, curl.
 tools:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends prometheus apache2-utils systemd curl >/dev/null
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .peers .mypy_cache .pytest_cache .ruff_cache

@@ -154,7 +154,9 @@ class Engine:
             return
         wants_usage = (request.get("stream_options") or {}).get("include_usage")
         client.end = END_WITH_USAGE if wants_usage else END
-        client.left = request.get("max_tokens") or 100
+        # One router passes it on under its newer name.
+        wanted = request.get("max_tokens") or request.get("max_completion_tokens")
+        client.left = wanted or 100
         client.pause = 1 / (request.get("seed") or 20)
         self._send(client, EVENTS)
         self._schedule(client, time.monotonic())

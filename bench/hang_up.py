@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bench.engine import CHUNK, HEAD, chunked
-from bench.load import STREAM, WHOLE, encode
+from bench.engine import CHUNK, EVENTS, chunked
+from bench.load import request
 
 HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -73,7 +73,7 @@ class Engine:
             name = data.split(b"x-request-id: ")[1].split(b"\r\n")[0].decode()
             self.serving[sock] = name
             if b'"stream": true' in data or b'"stream":true' in data:
-                sock.sendall(HEAD)
+                sock.sendall(EVENTS)
                 self.streams.add(sock)
             self.news.send(("arrived", name, 0.0))
         else:
@@ -102,13 +102,15 @@ def run_engine(port: int, news: Connection) -> None:
     Engine(port, news).run()
 
 
-def round_of(port: int, streams: int, wholes: int, news: Connection, tag: str) -> list[float]:
+def round_of(
+    port: int, key: str, streams: int, wholes: int, news: Connection, tag: str
+) -> list[float]:
     """All clients wait for their answers, then all leave in the same moment; delays in seconds."""
     names = [f"{tag}-s{i}" for i in range(streams)] + [f"{tag}-w{i}" for i in range(wholes)]
     clients = {}
     for name in names:
         sock = clients[name] = socket.create_connection(("127.0.0.1", port))
-        sock.sendall(encode(STREAM if "-s" in name else WHOLE, name))
+        sock.sendall(request(streamed="-s" in name, key=key, request_id=name))
     wait_for(news, "arrived", names)
     for name in names[:streams]:
         clients[name].recv(65536)
@@ -136,7 +138,7 @@ def open_descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def measure(gateway: int, engine_port: int, pid: int, rounds: int) -> dict[str, Any]:
+def measure(gateway: int, key: str, engine_port: int, pid: int, rounds: int) -> dict[str, Any]:
     news, theirs = Pipe()
     engine = Process(target=run_engine, args=(engine_port, theirs), daemon=True)
     engine.start()
@@ -147,9 +149,9 @@ def measure(gateway: int, engine_port: int, pid: int, rounds: int) -> dict[str, 
     before = open_descriptors(pid)
     delays: list[float] = []
     for i in range(rounds):
-        delays += round_of(gateway, 60, 60, news, f"r{i}")
+        delays += round_of(gateway, key, 60, 60, news, f"r{i}")
         time.sleep(0.5)
-    round_of(gateway, 600, 0, news, "many")
+    round_of(gateway, key, 600, 0, news, "many")
     time.sleep(4)
     after = open_descriptors(pid)
     news.send("stop")
@@ -170,9 +172,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--engine-port", type=int, required=True)
     parser.add_argument("--pid", type=int, required=True)
+    parser.add_argument("--key", default="", help="API key to show")
     parser.add_argument("--rounds", type=int, default=10)
     a = parser.parse_args()
-    json.dump(measure(a.port, a.engine_port, a.pid, a.rounds), sys.stdout)
+    json.dump(measure(a.port, a.key, a.engine_port, a.pid, a.rounds), sys.stdout)
 
 
 if __name__ == "__main__":

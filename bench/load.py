@@ -1,6 +1,13 @@
 """Load driver: whole requests in a closed loop, or many streams at once.
 
 One bare epoll loop, so that the driver is cheaper than what it drives.  Prints one JSON object.
+
+With ``--watch PID`` it also reports what that process and all below it used meanwhile.  For
+streams that is a window of ``--window`` seconds which begins once every stream has had its first
+chunk: what opening and closing cost is not in it.  Streams must be long enough for that; the
+report's ``window`` says how many were open at its end.  With ``--leave`` all clients hang up after
+the window, and a stream that is open and well until then counts as done.  After ``--within``
+seconds the driver gives up, and what is not done has failed.
 """
 
 from __future__ import annotations
@@ -17,21 +24,24 @@ from typing import Any
 import attrs
 import httptools
 
-KEY = "sk-bench"
+from bench.processes import cpu_seconds, resident_mb
 
 
-def encode(body: dict[str, Any], *, key: str = "") -> bytes:
+def encode(body: dict[str, Any], *, key: str = "", request_id: str = "") -> bytes:
     data = json.dumps(body).encode()
-    credentials = f"authorization: Bearer {key}\r\n" if key else ""
+    extra = f"authorization: Bearer {key}\r\n" if key else ""
+    extra += f"x-request-id: {request_id}\r\n" if request_id else ""
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
         "user-agent: bench/1.0\r\ncontent-type: application/json\r\n"
-        f"{credentials}content-length: {len(data)}\r\n\r\n"
+        f"{extra}content-length: {len(data)}\r\n\r\n"
     )
     return head.encode() + data
 
 
-def request(*, streamed: bool, chunks: int, pace: int, key: str) -> bytes:
+def request(
+    *, streamed: bool, chunks: int = 100, pace: int = 20, key: str = "", request_id: str = ""
+) -> bytes:
     body: dict[str, Any] = {
         "model": "bench",
         "messages": [{"role": "user", "content": "Say hello to the world in one sentence."}],
@@ -40,7 +50,7 @@ def request(*, streamed: bool, chunks: int, pace: int, key: str) -> bytes:
     }
     if streamed:
         body |= {"stream": True, "seed": pace}
-    return encode(body, key=key)
+    return encode(body, key=key, request_id=request_id)
 
 
 @attrs.define(eq=False)
@@ -50,6 +60,7 @@ class Client:
     sock: socket.socket
     began: float = 0.0
     chunks: int = 0
+    last: float = 0.0  # when the last chunk came
     done: bool = False  # `[DONE]` has been seen
     complete: bool = False
     closing: bool = False  # the server has said that this answer is the last one here
@@ -67,12 +78,17 @@ class Client:
         self.complete = True
         self.closing = not self.parser.should_keep_alive()
 
+    @property
+    def good(self) -> bool:
+        return self.complete and self.parser.get_status_code() == 200
+
 
 @attrs.define
 class Tally:
     done: int = 0
     failed: int = 0
     chunks: int = 0
+    gap: float = 0.0  # the largest one between two chunks of a stream
     latencies: list[float] = attrs.field(factory=list)
 
     def report(self, seconds: float) -> dict[str, Any]:
@@ -80,13 +96,42 @@ class Tally:
         found: dict[str, Any] = {
             "requests": self.done,
             "failed": self.failed,
-            "chunks": self.chunks,
             "seconds": round(seconds, 3),
         }
+        if self.chunks:
+            found |= {"chunks": self.chunks, "largest_gap_ms": round(self.gap * 1000, 2)}
         if ordered:
             found["p50_ms"] = round(statistics.median(ordered) * 1000, 4)
             found["p99_ms"] = round(ordered[int(len(ordered) * 0.99)] * 1000, 4)
         return found
+
+
+@attrs.define
+class Window:
+    """What the watched process uses between two moments."""
+
+    watch: int
+    seconds: float
+    began: float = 0.0
+    chunks: int = 0
+    cpu: float = 0.0
+    found: dict[str, Any] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.began) and self.found is None
+
+    def begin(self, chunks: int) -> None:
+        self.began, self.chunks, self.cpu = time.monotonic(), chunks, cpu_seconds(self.watch)
+
+    def end(self, chunks: int, streams: int) -> None:
+        self.found = {
+            "cpu_s": cpu_seconds(self.watch) - self.cpu,
+            "chunks": chunks - self.chunks,
+            "seconds": round(time.monotonic() - self.began, 3),
+            "open": streams,
+            "resident_mb": resident_mb(self.watch),
+        }
 
 
 def connect(port: int) -> Client:
@@ -105,11 +150,10 @@ def read(client: Client) -> bool:
     return bool(data)
 
 
-def whole(port: int, connections: int, seconds: float, raw: bytes) -> dict[str, Any]:
+def whole(port: int, connections: int, seconds: float, raw: bytes, watch: int) -> dict[str, Any]:
     """Each connection sends its next request as soon as it has the answer to the last one."""
     tally, epoll = Tally(), select.epoll()
     clients: dict[int, Client] = {}
-    began = time.monotonic()
 
     def begin() -> None:
         client = connect(port)
@@ -118,6 +162,7 @@ def whole(port: int, connections: int, seconds: float, raw: bytes) -> dict[str, 
         client.began = time.monotonic()
         client.sock.sendall(raw)
 
+    cpu, began = cpu_seconds(watch) if watch else 0.0, time.monotonic()
     for _ in range(connections):
         begin()
     while clients:
@@ -130,9 +175,8 @@ def whole(port: int, connections: int, seconds: float, raw: bytes) -> dict[str, 
             if not client.complete:
                 continue
             now = time.monotonic()
-            good = client.parser.get_status_code() == 200
-            tally.done += good
-            tally.failed += not good
+            tally.done += client.good
+            tally.failed += not client.good
             tally.latencies.append(now - client.began)
             client.complete = False
             over = now - began >= seconds
@@ -143,14 +187,26 @@ def whole(port: int, connections: int, seconds: float, raw: bytes) -> dict[str, 
                 continue
             client.began = now
             client.sock.sendall(raw)
-    return tally.report(time.monotonic() - began)
+    report = tally.report(time.monotonic() - began)
+    if watch:
+        report |= {"cpu_s": cpu_seconds(watch) - cpu, "resident_mb": resident_mb(watch)}
+    return report
 
 
-def streams(port: int, connections: int, raw: bytes, over: float) -> dict[str, Any]:
+def streams(
+    port: int,
+    connections: int,
+    raw: bytes,
+    *,
+    over: float,
+    window: Window,
+    leave: bool,
+    within: float,
+) -> dict[str, Any]:
     """One stream on each connection; they begin evenly spread over *over* seconds."""
     tally, epoll = Tally(), select.epoll()
     clients: dict[int, Client] = {}
-    began, opened = time.monotonic(), 0
+    began, opened, refused = time.monotonic(), 0, 0
     while clients or opened < connections:
         now = time.monotonic()
         while opened < connections and now - began >= over * opened / connections:
@@ -160,20 +216,41 @@ def streams(port: int, connections: int, raw: bytes, over: float) -> dict[str, A
             client.began = time.monotonic()
             client.sock.sendall(raw)
             opened += 1
-        soon = over / connections if opened < connections else 30
+        if now - began > within:
+            if leave:
+                tally.done += sum(1 for client in clients.values() if client.chunks)
+            tally.failed = connections - tally.done
+            break
+        soon = over / connections if opened < connections else 0.1 if window.is_open else 1
         for fd, _ in epoll.poll(soon):
             client = clients[fd]
-            first = not client.chunks
+            had = client.chunks
             alive = read(client)
-            if first and client.chunks:
-                tally.latencies.append(time.monotonic() - client.began)
+            if client.chunks > had:
+                now = time.monotonic()
+                tally.chunks += client.chunks - had
+                if had:
+                    tally.gap = max(tally.gap, now - client.last)
+                else:
+                    tally.latencies.append(now - client.began)
+                client.last = now
             if client.complete or not alive:
-                good = client.complete and client.done and client.parser.get_status_code() == 200
-                tally.done += good
-                tally.failed += not good
-                tally.chunks += client.chunks
+                tally.done += client.good and client.done
+                tally.failed += not (client.good and client.done)
+                refused += not client.chunks
                 clients.pop(fd).sock.close()
-    return tally.report(time.monotonic() - began)
+        if not window.watch:
+            continue
+        if not window.began and len(tally.latencies) + refused == connections:
+            window.begin(tally.chunks)
+        elif window.is_open and time.monotonic() - window.began >= window.seconds:
+            window.end(tally.chunks, len(clients))
+            if leave:
+                tally.done += len(clients)
+                break
+    report = tally.report(time.monotonic() - began)
+    report |= {"began": len(tally.latencies), "window": window.found}
+    return report
 
 
 def main() -> None:
@@ -186,12 +263,20 @@ def main() -> None:
     parser.add_argument("--pace", type=int, default=20, help="chunks a second of each stream")
     parser.add_argument("--over", type=float, default=1.0, help="seconds in which streams begin")
     parser.add_argument("--key", default="", help="API key to show")
+    parser.add_argument("--watch", type=int, default=0, help="process whose CPU and memory count")
+    parser.add_argument("--window", type=float, default=3.0, help="seconds of streams watched")
+    parser.add_argument("--leave", action="store_true", help="hang up after the window")
+    parser.add_argument("--within", type=float, default=60.0, help="of all streams, then give up")
     a = parser.parse_args()
     raw = request(streamed=a.what == "streams", chunks=a.chunks, pace=a.pace, key=a.key)
     if a.what == "whole":
-        report = whole(a.port, a.connections, a.seconds, raw)
+        report = whole(a.port, a.connections, a.seconds, raw, a.watch)
     else:
-        report = streams(a.port, a.connections, raw, a.over)
+        window = Window(a.watch, a.window)
+        report = streams(
+            a.port, a.connections, raw,
+            over=a.over, window=window, leave=a.leave, within=a.within,
+        )  # fmt: skip
     json.dump(report, sys.stdout)
 
 
