@@ -62,6 +62,7 @@ class Attempt:
     _clock: str = attrs.field(default="connect", init=False)
     _allowed: float = attrs.field(default=0.0, init=False)
     _final: bool = attrs.field(default=False, init=False)  # the clock is the request's deadline
+    _last: float = attrs.field(default=math.inf, init=False)  # when all must be here
     _wait_began: float = attrs.field(default=0.0, init=False)
     _sent: bool = attrs.field(default=False, init=False)
     _sent_at: float = attrs.field(default=0.0, init=False)
@@ -118,10 +119,19 @@ class Attempt:
         due = now + timing.idle
         self._final = self._paused = False
         self._clock, self._allowed = "idle", timing.idle
-        if due > (last := self._sent_at + timing.total):
-            due = last
+        self._last = self._sent_at + timing.total
+        if due > self._last:
+            due = self._last
             self._clock, self._allowed = "total", timing.total
         self._move_deadline(due)
+
+    def has_more(self, now: float) -> None:
+        """The same while nothing but time has changed since :meth:`expect_more`."""
+        due = now + self.timing.idle
+        if due > self._last:
+            self.expect_more()  # another clock, then
+        else:
+            self._deadline.due = due  # later than it was, so nobody need be told
 
     def stop_clock(self) -> None:
         """Somebody else's turn to be slow: the client's.  Until :meth:`expect_more`."""

@@ -187,11 +187,15 @@ class Exchange:
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """More of the body, and its end if it is the *last*."""
-        data = self._frame(data)
+        if self._chunked:
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            if last:
+                data += b"0\r\n\r\n"
+        elif self._bodiless:
+            data = b""
         if last:
             self._finished = True
-            if self._chunked:
-                data += b"0\r\n\r\n"
         if data:
             await self._write(data)
 
@@ -201,24 +205,22 @@ class Exchange:
         return self.connection.takes_at_once
 
     def write_now(self, data: bytes) -> bytes:
-        """More of the body, as far as it can be sent without waiting; returns what is left.
+        """More of the body, at least a byte, as far as it can be sent without waiting.
 
-        That is for :meth:`write_rest`, and nothing else may be written before.
+        Returns what is left, for :meth:`write_rest`; nothing else may be written before.
         """
-        data = self._frame(data)
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        elif self._bodiless:
+            return b""
         try:
             sent = self.connection.write_now(data)
         except trio.BrokenResourceError:
             return data  # it is raised again by whoever may wait
-        return data[sent:] if sent < len(data) else b""
+        return b"" if sent == len(data) else data[sent:]
 
     async def write_rest(self, rest: bytes) -> None:
         await self._write(rest)
-
-    def _frame(self, data: bytes) -> bytes:
-        if self._chunked:
-            return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-        return b"" if self._bodiless else data
 
     async def _start(
         self, status: int, headers: Headers, body: bytes, *, sized: bool, keep: bool, last: bool

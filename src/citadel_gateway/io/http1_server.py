@@ -308,7 +308,14 @@ class HttpConnection:
         """How much of *data* was taken without waiting; raises as :meth:`write`."""
         if self._left or self._torn:
             raise trio.BrokenResourceError("the client is gone")
-        return 0 if self._plain is None else self._plain.send_now(data)
+        if self._plain is None:
+            return 0
+        try:
+            return self._plain.socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            raise trio.BrokenResourceError(str(exc)) from exc
 
     async def write_rest(self, data: bytes, sent: int) -> None:
         """The rest of *data*, of which *sent* bytes were taken; raises as :meth:`write`."""

@@ -17,7 +17,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import attrs
 import outcome
@@ -27,9 +27,13 @@ _MOST = 256  # events taken at once
 _LONGEST = 3600.0
 
 
+Step: TypeAlias = Callable[[float], bool]
+"""Takes Trio's time; true if there is no more to it than to wait for the next."""
+
+
 @attrs.define(eq=False)
 class _Flow:
-    step: Callable[[], bool]
+    step: Step
     task: trio.lowlevel.Task
 
 
@@ -69,7 +73,7 @@ class Pump(trio.abc.Instrument):
             await trio.lowlevel.wait_readable(self._epoll.fileno())
             self._take_turns(0.0)
 
-    async def carry(self, sock: socket.socket, step: Callable[[], bool]) -> None:
+    async def carry(self, sock: socket.socket, step: Step) -> None:
         """Call *step* whenever *sock* is readable, until it returns false.
 
         Raises what *step* raises.  Nobody else may wait for *sock* meanwhile.
@@ -96,24 +100,30 @@ class Pump(trio.abc.Instrument):
     def _take_turns(self, timeout: float) -> bool:
         """Wait for something to happen; true if it is something for Trio."""
         is_for_trio = False
-        for descriptor, _ in self._epoll.poll(timeout, _MOST):
-            flow = self._flows.get(descriptor)
+        events, flows = self._epoll.poll(timeout, _MOST), self._flows
+        now = trio.current_time()
+        for descriptor, _ in events:
+            flow = flows.get(descriptor)
             if flow is None:
                 is_for_trio = is_for_trio or descriptor == self._trio
                 continue
             try:
-                if flow.step():
+                if flow.step(now):
                     continue
                 result: outcome.Outcome[None] = outcome.Value(None)
             except Exception as exc:  # belongs to whoever is carried
                 result = outcome.Error(exc)
-            self._drop(descriptor)
-            trio.lowlevel.reschedule(flow.task, result)
             is_for_trio = True
-            if self._token is not None:
-                # Trio has decided how long it sleeps, and does not know of the task yet.
-                self._token.run_sync_soon(_nothing, idempotent=True)
-        return is_for_trio or not self._flows
+            self._wake(descriptor, result)
+        return is_for_trio or not flows
+
+    def _wake(self, descriptor: int, result: outcome.Outcome[None]) -> None:
+        task = self._flows[descriptor].task
+        self._drop(descriptor)
+        trio.lowlevel.reschedule(task, result)
+        if self._token is not None:
+            # Trio has decided how long it sleeps, and does not know of the task yet.
+            self._token.run_sync_soon(_nothing, idempotent=True)
 
     def _drop(self, descriptor: int) -> None:
         del self._flows[descriptor]

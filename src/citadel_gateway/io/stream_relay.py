@@ -109,22 +109,22 @@ class StreamRelay:
                 await self._flush(connection)
                 attempt.expect_more()
 
-    def _step(self, connection: Connection) -> bool:
+    def _step(self, connection: Connection, now: float) -> bool:
         """Relay what has arrived; false when that was not all there is to do."""
         data = connection.receive_now()
         if not data:
             return connection.is_flowing
-        if self._splitter.is_empty and self.reader.knows(
-            event := connection.response.whole_chunk(data)
-        ):
+        event = connection.response.whole_chunk(data)
+        if event and self._splitter.is_empty and self.reader.knows(event):
             self._unsent = self.sink.write_now(event)
-        else:
-            self._error = self._take_in(self._splitter.feed(connection.take_in(data)))
-            if self._error is not None or self.reader.done:
-                return False
-            if self._held:
-                self._unsent = self.sink.write_now(self._take_out())
-        self.attempt.expect_more()
+            self.attempt.has_more(now)
+            return not self._unsent
+        self._error = self._take_in(self._splitter.feed(connection.take_in(data)))
+        if self._error is not None or self.reader.done:
+            return False
+        if self._held:
+            self._unsent = self.sink.write_now(self._take_out())
+        self.attempt.has_more(now)
         return not self._unsent and connection.is_flowing
 
     def _take_in(self, events: list[bytes]) -> Exception | None:
