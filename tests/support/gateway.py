@@ -112,12 +112,14 @@ class World:
     def client(self) -> RawClient:
         """A new connection to the gateway."""
         ours, theirs = trio.testing.memory_stream_pair()
+        departures = Departures()
+        departures.close()  # there is no socket to watch
         connection = HttpConnection(
             self.service.app,
             theirs,
             ConnectionLimits(),
             self.service.deadlines,
-            Departures(),
+            departures,
             self.crashes.append,
             client=CLIENT,
         )

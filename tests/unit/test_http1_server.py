@@ -176,10 +176,11 @@ async def talking(
     crashes: list[Exception] = []
     writes: list[float] = []
     app = app or Demo()
-    deadlines = Deadlines()
+    deadlines, departures = Deadlines(), Departures()
     connection = HttpConnection(
-        app, server, attrs.evolve(LIMITS, **limits), deadlines, Departures(), crashes.append
+        app, server, attrs.evolve(LIMITS, **limits), deadlines, departures, crashes.append
     )
+    departures.close()  # nothing here has a socket to watch
     if isinstance(server.send_stream, MemorySendStream):
         server.send_stream.send_all_hook = _noting(writes, server.send_stream.send_all_hook)
     ended = trio.Event()
@@ -544,7 +545,9 @@ async def test_a_failure_while_a_large_body_arrives_is_still_told(autojump_clock
 
 async def test_a_request_cancelled_from_outside_may_have_last_words(autojump_clock: object) -> None:
     client, server = memory_stream_pair()
-    connection = HttpConnection(Demo(), server, LIMITS, Deadlines(), Departures(), lambda exc: None)
+    departures = Departures()
+    departures.close()
+    connection = HttpConnection(Demo(), server, LIMITS, Deadlines(), departures, lambda exc: None)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(connection.run)
         await client.send_all(get("/goodbye"))

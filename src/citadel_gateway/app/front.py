@@ -10,6 +10,7 @@ import attrs
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.relay import ROUTES, Receive, Relay, Send
 from citadel_gateway.errors import method_not_allowed
+from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange
 from citadel_gateway.wire.headers import Fields, Headers, request_id
 
 _SECURITY: Headers = [(b"x-content-type-options", b"nosniff")]
@@ -36,7 +37,8 @@ class Front:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"cannot serve {scope['type']!r}")
-        fields = Fields(scope["headers"])
+        exchange: Exchange | None = (scope.get("extensions") or {}).get(EXCHANGE)
+        fields = Fields(scope["headers"]) if exchange is None else exchange.request.fields
         method = scope["method"]
         if method == "OPTIONS" and b"access-control-request-method" in fields:
             await _respond(send, 204, self.cors.preflight(fields))

@@ -1,7 +1,9 @@
 """Noticing that a client has left while nobody reads from its connection.
 
-One task watches all connections for the end of what their clients send, and for nothing else:
-bytes of a next request wait in the kernel, in order, until their turn.
+All connections are watched for the end of what their clients send, and for nothing else: bytes of
+a next request wait in the kernel, in order, until their turn.  Only an end behind so many of them
+that the kernel takes no more cannot be seen, so a few times a second those connections are told
+that have something to read.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from citadel_gateway.io.tcp_stream import TcpStream
 
 _LEFT = select.EPOLLRDHUP | select.EPOLLET  # errors and resets are always reported
 _MOST = 1024
+_LOOK_EVERY = 0.25  # seconds
 _READ = 64 * 1024
 _MOST_AHEAD = 256 * 1024
 
@@ -34,12 +37,17 @@ class Leaver(Protocol):
         """Stop working for the client."""
         ...
 
+    def read_ahead(self) -> None:
+        """Something waits to be read; called now and then while that is so."""
+        ...
+
 
 @attrs.define(eq=False)
 class Departures:
     """Watches connected sockets; :meth:`run` must be running."""
 
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
+    _unread: select.epoll = attrs.field(factory=select.epoll, init=False)
     _watched: dict[int, Leaver] = attrs.field(factory=dict, init=False)
 
     @contextmanager
@@ -48,6 +56,7 @@ class Departures:
         descriptor = sock.fileno()
         self._watched[descriptor] = leaver
         self._epoll.register(descriptor, _LEFT)
+        self._unread.register(descriptor, select.EPOLLIN)
         try:
             yield
         finally:
@@ -55,14 +64,25 @@ class Departures:
                 del self._watched[descriptor]
             if sock.fileno() == descriptor:  # a closed one has gone by itself
                 self._epoll.unregister(descriptor)
+                self._unread.unregister(descriptor)
 
     def close(self) -> None:
         self._epoll.close()
+        self._unread.close()
 
-    async def run(self) -> NoReturn:
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_for_input)
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                self._tell()
+
+    async def _watch_for_input(self) -> NoReturn:
         while True:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
-            self._tell()
+            await trio.sleep(_LOOK_EVERY)
+            for descriptor, _ in self._unread.poll(0, _MOST):
+                if (leaver := self._watched.get(descriptor)) is not None:
+                    leaver.read_ahead()
 
     def _tell(self) -> None:
         found = self._epoll.poll(0, _MOST)

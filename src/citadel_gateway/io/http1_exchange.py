@@ -302,7 +302,7 @@ class Exchange:
             "raw_path": path,
             "query_string": query,
             "root_path": "",
-            "headers": request.headers,
+            "headers": request.fields.headers,
             "client": connection.client,
             "server": connection.server,
             "state": connection.state,

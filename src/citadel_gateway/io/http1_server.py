@@ -32,6 +32,8 @@ from citadel_gateway.wire.http1_response import encode_response_head
 
 _READ = 64 * 1024
 _WRITE = 64 * 1024  # how much a client must take within `write_timeout`
+_MOST_AHEAD = 256 * 1024
+_MOST_READS_AHEAD = 64  # at once: others want a turn
 _LINGER_BYTES = 32 * 2**20
 _LINGER_SECONDS = 2.0
 
@@ -89,6 +91,10 @@ class HttpConnection:
     _exchange: Exchange | None = attrs.field(default=None, init=False)
     _refusal: BadRequest | None = attrs.field(default=None, init=False)
     _awaited: Awaited | None = attrs.field(default=None, init=False)
+    _ahead: bytes = attrs.field(default=b"", init=False)
+    _is_deaf: bool = attrs.field(default=False, init=False)  # too much came ahead, and was dropped
+    _blocked: float = attrs.field(default=0.0, init=False)  # seconds that the client let us wait
+    _taken: int = attrs.field(default=0, init=False)  # bytes that it has taken meanwhile
     _left: bool = attrs.field(default=False, init=False)
     _torn: bool = attrs.field(default=False, init=False)  # a write is not, or never, complete
     _draining: bool = attrs.field(default=False, init=False)
@@ -150,6 +156,22 @@ class HttpConnection:
         if self._parser.in_head or self._parser.in_body:
             self._reject(BadRequest(408, "the request did not arrive in time"))
         self._scope.cancel(reason="the client is too slow")
+
+    def read_ahead(self) -> None:
+        """Take what waits while the application runs, or its end would never be seen.
+
+        It belongs to the next request.  If it is more than anybody has reason to send ahead, the
+        connection ends with this answer.
+        """
+        if self._plain is None or self._exchange is None or not self._exchange.request.complete:
+            return
+        for _ in range(_MOST_READS_AHEAD):
+            if not (data := self._plain.receive_now()):
+                return
+            if len(self._ahead) < _MOST_AHEAD:
+                self._ahead += data
+            else:
+                self._is_deaf, self._promises = True, False
 
     def _set_clock(self, awaited: Awaited) -> None:
         """Only a change of what is awaited starts a clock: bytes alone never put it back."""
@@ -222,7 +244,8 @@ class HttpConnection:
         headers, body = bad_http_request(str(refusal), status=refusal.status).response()
         headers.append((b"date", http_date()))
         with suppress(trio.BrokenResourceError):
-            await self.write(encode_response_head(refusal.status, headers) + body)
+            head = encode_response_head(refusal.status, headers)
+            await self.write(head if refusal.to_head else head + body)
 
     async def _linger(self) -> None:
         """Let the client read our last answer before the connection goes.
@@ -251,15 +274,17 @@ class HttpConnection:
 
     async def _read(self) -> bool:
         """Feed the parser with what comes next; false when nothing more will."""
-        try:
-            data = await self.stream.receive_some(_READ)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            data = b""
+        data, self._ahead = self._ahead, b""
         if not data:
+            try:
+                data = bytes(await self.stream.receive_some(_READ))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+        if not data or self._is_deaf:
             self._left = True
             return False
         try:
-            self._parser.feed(bytes(data))
+            self._parser.feed(data)
         except BadRequest as exc:
             self._reject(exc)
         return True
@@ -276,10 +301,12 @@ class HttpConnection:
 
         The exchange is cancelled when the client leaves instead, or sends what is no body.
         """
-        request = self._exchange.request if self._exchange is not None else None
-        if await self._read() and self._refusal is None:
-            if request is not None and request.complete:
-                self._set_clock(Awaited.NOTHING)
+        exchange = self._exchange
+        is_alive = await self._read()
+        if exchange is not None and exchange.request.complete:
+            self._set_clock(Awaited.NOTHING)
+            return  # whatever came behind it
+        if is_alive and self._refusal is None:
             return
         if self._left and self._exchange is not None:
             self._exchange.pass_on_leave()
@@ -311,11 +338,13 @@ class HttpConnection:
         if self._plain is None:
             return 0
         try:
-            return self._plain.socket.send(data)
+            sent = self._plain.socket.send(data)
         except BlockingIOError:
             return 0
         except OSError as exc:
             raise trio.BrokenResourceError(str(exc)) from exc
+        self._taken += sent
+        return sent
 
     async def write_rest(self, data: bytes, sent: int) -> None:
         """The rest of *data*, of which *sent* bytes were taken; raises as :meth:`write`."""
@@ -323,11 +352,20 @@ class HttpConnection:
             await trio.lowlevel.checkpoint_if_cancelled()  # later, it would leave a part written
         self._torn = True
         for start in range(sent, len(data), _WRITE):
-            with trio.move_on_after(self.limits.write_timeout) as patience:
-                await self.stream.send_all(data[start : start + _WRITE])
-            if patience.cancelled_caught:
-                raise trio.BrokenResourceError("the client does not read")
+            await self._send_patiently(data[start : start + _WRITE])
         self._torn = False
+
+    async def _send_patiently(self, data: bytes) -> None:
+        """The client may let us wait for `write_timeout` in all until it has taken 64 KiB."""
+        if self._taken >= _WRITE:
+            self._blocked, self._taken = 0.0, 0
+        began = trio.current_time()
+        with trio.move_on_after(self.limits.write_timeout - self._blocked) as patience:
+            await self.stream.send_all(data)
+        if patience.cancelled_caught:
+            raise trio.BrokenResourceError("the client does not read")
+        self._blocked += trio.current_time() - began
+        self._taken += len(data)
 
     def may_keep_alive(self) -> bool:
         pending = self._parser.requests

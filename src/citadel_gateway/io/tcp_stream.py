@@ -32,6 +32,13 @@ class TcpStream(trio.abc.HalfCloseableStream):
             except OSError as exc:
                 raise self._explain(exc) from exc
 
+    def receive_now(self) -> bytes:
+        """What has arrived; nothing if nothing has, nor at the end, nor after a failure."""
+        try:
+            return self.socket.recv(_READ)
+        except OSError:
+            return b""
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data)[self.send_now(data) :]
         while rest:

@@ -23,15 +23,17 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 class Fields(dict[bytes, bytes]):
     """Headers by name, for those who ask for many of them; of several values, the first."""
 
+    __slots__ = ("headers",)
+
     def __init__(self, headers: Headers) -> None:
         super().__init__(reversed(headers))
-        self._headers = headers
+        self.headers = headers
 
     def values(self, name: bytes) -> list[bytes]:  # type: ignore[override]  # as HTTP has it
         """All values of *name*, in the order received."""
-        if len(self) == len(self._headers):
+        if len(self) == len(self.headers):
             return [self[name]] if name in self else []
-        return values(self._headers, name)
+        return values(self.headers, name)
 
 
 def first(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:

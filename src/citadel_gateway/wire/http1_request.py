@@ -12,7 +12,7 @@ from collections import deque
 import attrs
 import httptools
 
-from citadel_gateway.wire.headers import Headers, first, values
+from citadel_gateway.wire.headers import Fields, Headers
 
 MAX_TARGET = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024
@@ -22,8 +22,13 @@ _MAX_PENDING = MAX_TARGET + MAX_HEADER_BYTES + 256  # a whole head with its requ
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(:\d{1,5})?\Z")
 _TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*\Z")  # origin-form, visible ASCII, no fragment
 _LENGTH = re.compile(rb"(0|[1-9]\d{0,15})\Z")
+_MAX_EXTENSIONS = 1024  # bytes around the chunks of one body that are none of its data
+_FRAME = 12  # bytes that a chunk may have around it at no charge: its size and line ends
+_SLICE = 256  # what is fed at once where such bytes must be told from data
 
-
+_SPOKEN = frozenset({"1.0", "1.1"})
+_UNSAFE = frozenset({b"CONNECT", b"TRACE"})
+_CONTINUE = {b"100-continue"}
 _VERSIONS = "only HTTP/1.0 and HTTP/1.1 are spoken here"
 
 
@@ -36,6 +41,7 @@ class BadRequest(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+        self.to_head = False  # it was a HEAD, whose answer has no body
 
 
 @attrs.define(eq=False)
@@ -45,7 +51,7 @@ class IncomingRequest:
     method: str
     target: bytes
     version: str
-    headers: Headers
+    fields: Fields
     keep_alive: bool
     has_body: bool
     content_length: int | None
@@ -54,19 +60,18 @@ class IncomingRequest:
     _body: list[bytes] = attrs.field(factory=list, init=False)
 
     @property
+    def headers(self) -> Headers:
+        return self.fields.headers
+
+    @property
     def expects_continue(self) -> bool:
-        return self.has_body and first(self.headers, b"expect") is not None
+        return self.has_body and b"expect" in self.fields
 
     def take_body(self) -> bytes:
         """Everything of the body that has arrived since the last call."""
-        match self._body:
-            case []:
-                return b""
-            case [only]:
-                data = only
-            case pieces:
-                data = b"".join(pieces)
-        self._body.clear()
+        body = self._body
+        data = body[0] if len(body) == 1 else b"".join(body)
+        body.clear()
         self.buffered = 0
         return data
 
@@ -90,6 +95,11 @@ class RequestParser:
     _headers: Headers = attrs.field(factory=list, init=False)
     _header_bytes: int = attrs.field(default=0, init=False)
     _pending: int = attrs.field(default=0, init=False)  # fed since the last sign of progress
+    _raw: bytes = attrs.field(default=b"", init=False)  # what is fed, from a head's start if in one
+    _line_at: int = attrs.field(default=0, init=False)  # where in it the next request line is due
+    _behind_chunks: bool = attrs.field(default=False, init=False)
+    _chunked: bool = attrs.field(default=False, init=False)  # the body that is being read
+    _excess: int = attrs.field(default=0, init=False)  # bytes of it that are not data
     _in_head: bool = attrs.field(default=False, init=False)
     _replaying: bool = attrs.field(default=False, init=False)
     _upgrade: bool = attrs.field(default=False, init=False)
@@ -108,7 +118,33 @@ class RequestParser:
 
     def feed(self, data: bytes) -> None:
         """Raises :class:`BadRequest`; the parser is of no use afterwards."""
+        try:
+            if self._chunked or (self._current is None and b"chunked" in data.lower()):
+                for start in range(0, len(data), _SLICE):
+                    self._feed_slice(data[start : start + _SLICE])
+            else:
+                self._feed(data)
+        except BadRequest as refusal:
+            refusal.to_head = self._in_head and self._parser.get_method() == b"HEAD"
+            raise
+
+    def _feed_slice(self, data: bytes) -> None:
+        was_chunked = self._chunked
+        self._feed(data)
+        if not (was_chunked and self._chunked):
+            self._excess = 0
+            return
+        self._excess += len(data)
+        if self._excess > _MAX_EXTENSIONS:
+            raise BadRequest(400, f"the chunk extensions are longer than {_MAX_EXTENSIONS} bytes")
+
+    def _feed(self, data: bytes) -> None:
         self._pending += len(data)
+        if self._in_head:
+            self._raw += data
+        else:
+            self._line_at = max(0, self._line_at - len(self._raw))
+            self._raw = data
         while data:
             try:
                 self._parser.feed_data(data)
@@ -118,9 +154,12 @@ class RequestParser:
                 self._ignore_upgrade()
             except httptools.HttpParserError as exc:
                 raise self._error or _explain(exc) from None
+        if not self._in_head:
+            self._line_at = max(0, self._line_at - len(self._raw))
+            self._raw = b""
         if self._pending > _MAX_PENDING:
-            # A header, trailer or chunk extension that never ends.  The parser accumulates those
-            # inside, or skips them, so what went in is counted.
+            # A header or trailer that never ends.  The parser accumulates those inside, or skips
+            # them, so what went in is counted.
             if self._in_head:
                 raise BadRequest(431, "the request head is too large")
             raise BadRequest(400, "too many bytes that are neither a head nor a body")
@@ -152,33 +191,38 @@ class RequestParser:
     def on_headers_complete(self) -> None:
         if self._replaying:
             return
-        self._in_head, self._pending = False, 0
-        method = self._parser.get_method().decode("ascii")
-        version = self._parser.get_http_version()
-        if version not in {"1.0", "1.1"}:
+        parser, fields = self._parser, Fields(self._headers)
+        method, version = parser.get_method(), parser.get_http_version()
+        if version not in _SPOKEN:
             self._refuse(505, _VERSIONS)
-        self._check_target(method)
-        content_length, chunked = self._check_framing(version)
-        self._check_host(version)
-        expect = first(self._headers, b"expect")
-        if expect is not None and expect.lower() != b"100-continue":
+        self._check_line(method, version)
+        content_length, chunked = self._check_framing(fields, version)
+        self._check_host(fields, version)
+        if b"expect" in fields and {v.lower() for v in fields.values(b"expect")} != _CONTINUE:
             self._refuse(417, "only 'Expect: 100-continue' is understood")
-        self._upgrade = self._parser.should_upgrade()
-        if self._upgrade and (first(self._headers, b"upgrade") or b"").lower() == b"websocket":
+        self._upgrade = parser.should_upgrade()
+        if self._upgrade and fields.get(b"upgrade", b"").lower() == b"websocket":
             self._refuse(400, "WebSocket is not served here")
+        self._in_head, self._pending, self._chunked = False, 0, chunked
+        self._line_at = self._raw.find(b"\r\n\r\n", self._line_at) + 4 + (content_length or 0)
+        self._behind_chunks = chunked
         self._current = IncomingRequest(
-            method=method,
+            method=method.decode("ascii"),
             target=self._target,
             version=version,
-            headers=self._headers,
-            keep_alive=self._parser.should_keep_alive(),
+            fields=fields,
+            keep_alive=parser.should_keep_alive() and not _says_close(fields),
             has_body=chunked or bool(content_length),
             content_length=content_length,
         )
         self.requests.append(self._current)
 
+    def on_chunk_header(self) -> None:
+        self._excess -= _FRAME
+
     def on_body(self, body: bytes) -> None:
         self._pending = 0
+        self._excess -= len(body)
         if self._current is not None:
             self._current.add(body)
 
@@ -186,39 +230,48 @@ class RequestParser:
         if self._current is None or (self._upgrade and self._current.has_body):
             return  # see _ignore_upgrade: the body is still to come
         self._current.complete = True
-        self._current = None
+        self._current, self._chunked = None, False
 
     # What llhttp leaves to us.
 
-    def _check_target(self, method: str) -> None:
-        if method in {"CONNECT", "TRACE"}:
-            self._refuse(405, f"{method} is not allowed")
+    def _check_line(self, method: bytes, version: str) -> None:
+        if method in _UNSAFE:
+            self._refuse(405, f"{method.decode()} is not allowed")
         if not _TARGET.match(self._target):
             self._refuse(400, "the request target is not a path")
+        # llhttp takes more spaces, and other protocols of its kind.
+        line = b"%b %b HTTP/%b\r\n" % (method, self._target, version.encode())
+        at = _skip_empty_lines(self._raw, self._line_at)
+        if not self._raw.startswith(line, at) and not self._is_lost(line):
+            self._refuse(400, "the request line is not 'METHOD /target HTTP/1.1'")
 
-    def _check_framing(self, version: str) -> tuple[int | None, bool]:
-        encodings = values(self._headers, b"transfer-encoding")
-        if encodings:
+    def _is_lost(self, line: bytes) -> bool:
+        """Where a body of chunks ends is not told, so a line behind one is looked for."""
+        return self._behind_chunks and line in self._raw
+
+    def _check_framing(self, fields: Fields, version: str) -> tuple[int | None, bool]:
+        if b"transfer-encoding" in fields:
+            encodings = fields.values(b"transfer-encoding")
             if version == "1.0":
                 self._refuse(400, "Transfer-Encoding does not exist in HTTP/1.0")
             if len(encodings) > 1 or encodings[0].lower() != b"chunked":
                 self._refuse(501, "the only Transfer-Encoding understood is 'chunked'")
             return None, True
-        length = first(self._headers, b"content-length")
+        length = fields.get(b"content-length")
         if length is None:
             return None, False
         if not _LENGTH.match(length):
             self._refuse(400, "Content-Length is not a plain number")
         return int(length), False
 
-    def _check_host(self, version: str) -> None:
-        hosts = values(self._headers, b"host")
+    def _check_host(self, fields: Fields, version: str) -> None:
+        hosts = fields.values(b"host")
         if not hosts and version == "1.0":
             return
-        if len(hosts) != 1 or not _HOST.match(hosts[0]):
+        match = _HOST.match(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
             self._refuse(400, "there must be one valid Host header")
-        port = hosts[0].rpartition(b"]")[2].partition(b":")[2]
-        if port and int(port) > 65535:
+        elif match[2] and int(match[2][1:]) > 65535:
             self._refuse(400, "the port in the Host header is out of range")
 
     def _refuse(self, status: int, message: str) -> None:
@@ -251,3 +304,17 @@ def _explain(exc: httptools.HttpParserError) -> BadRequest:
     if "Transfer-Encoding" in message and "Content-Length" not in message:
         return BadRequest(501, "the only Transfer-Encoding understood is 'chunked'")
     return BadRequest(400, f"not a valid HTTP request: {message}")
+
+
+def _says_close(fields: Fields) -> bool:
+    """Whether ``Connection`` says so, whatever else it says."""
+    if b"connection" not in fields:
+        return False
+    options = b",".join(fields.values(b"connection")).lower().split(b",")
+    return any(option.strip() == b"close" for option in options)
+
+
+def _skip_empty_lines(data: bytes, at: int) -> int:
+    while data[at : at + 1] in {b"\r", b"\n"}:
+        at += 1
+    return at
