@@ -32,6 +32,7 @@ def make_metrics(*endpoints: Endpoint) -> Metrics:
             endpoints=endpoints,
             queue_depths={"m": 3},
             in_flight=1,
+            tasks=5,
             connections=2,
             upstream_connections=4,
             draining=False,

@@ -407,6 +407,7 @@ class UnifiedAPIGatewayService:
             queue_depths={q: waitroom.depth(q) for q in (*self.balancer.models, AUTO)},
             in_flight=waitroom.taken,
             connections=sum(s.open_connections for s in self._servers),
+            tasks=_count_tasks(),
             upstream_connections=self.pool.open_count,
             draining=self.draining.is_set(),
             log_lines_dropped=self.log.dropped,
@@ -416,3 +417,9 @@ class UnifiedAPIGatewayService:
 
 def _is_loopback(host: str) -> bool:
     return host.startswith("127.") or host in {"localhost", "::1"}
+
+
+def _count_tasks() -> int:
+    if not trio.lowlevel.in_trio_run():
+        return 0
+    return trio.lowlevel.current_statistics().tasks_living

@@ -52,6 +52,7 @@ class Levels:
     queue_depths: dict[str, int]
     in_flight: int
     connections: int
+    tasks: int
     upstream_connections: int
     draining: bool
     log_lines_dropped: int
@@ -263,6 +264,7 @@ def _other_gauges(levels: Levels) -> Iterator[str]:
     for what, doc, value in (
         ("in_flight_requests", "Requests with an endpoint.", levels.in_flight),
         ("client_connections", "Open client connections.", levels.connections),
+        ("tasks", "Tasks of the event loop: flat when the load is.", levels.tasks),
         (
             "upstream_connections",
             "Open connections to endpoints, idle ones included.",

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import resource
+
+from citadel_gateway.io.descriptors import raise_limit
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        held = raise_limit()
+
+        assert held == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert held in {hard, min(soft, 512)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
