@@ -68,7 +68,11 @@ def _split(reading: Reading, outcome: Outcome) -> list[Response]:
     """The responses. One that refuses a HEAD may have a body: the connection ends with it."""
     methods = [r.method for r in reading.requests]
     try:
-        return split_responses(outcome.received, methods)
+        responses = split_responses(outcome.received, methods)
+        if reading.end == "refused" and responses and not responses[-1].complete:
+            # What was refused may have begun as a HEAD: then it has the head of a refusal only.
+            return split_responses(outcome.received, [*methods, b"HEAD"])
+        return responses
     except ValueError:
         if b"HEAD" not in methods:
             raise
@@ -128,7 +132,8 @@ def _judge_refusal(last: Response, ended: Ended, *, early: bool) -> str | None:
         return f"what is no request was answered with {last.status}"
     if not last.closes or ended != "fin":
         return f"answered {last.status}, but the connection is {ended}"
-    if last.status >= 400 and last.error is None:
+    may_be_head = not last.body  # of a HEAD, the refusal has no body: see `_split`
+    if last.status >= 400 and last.error is None and not may_be_head:
         return f"refused with {last.status} without saying why"
     return None
 

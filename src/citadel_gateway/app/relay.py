@@ -21,7 +21,7 @@ from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
 from citadel_gateway.wire.headers import Fields, Headers, request_id, tracing
-from citadel_gateway.wire.http1_request import BadRequest
+from citadel_gateway.wire.http1_rules import BadRequest
 from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
 
 ROUTES = {"/v1" + kind.value: kind for kind in Kind}

@@ -14,8 +14,9 @@ import trio
 
 from citadel_gateway.errors import internal_error
 from citadel_gateway.wire.headers import Headers
-from citadel_gateway.wire.http1_request import BadRequest, IncomingRequest
+from citadel_gateway.wire.http1_request import IncomingRequest
 from citadel_gateway.wire.http1_response import encode_response_head
+from citadel_gateway.wire.http1_rules import BadRequest
 
 Message: TypeAlias = dict[str, Any]
 App: TypeAlias = Callable[

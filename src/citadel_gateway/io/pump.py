@@ -48,6 +48,7 @@ class Pump(trio.abc.Instrument):
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _flows: dict[int, _Flow] = attrs.field(factory=dict, init=False)
     _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
+    _watching: bool = attrs.field(default=False, init=False)
     _trio: int = attrs.field(default=-1, init=False)  # Trio's own descriptor, while it is watched
 
     @property
@@ -62,11 +63,11 @@ class Pump(trio.abc.Instrument):
             self._token = trio.lowlevel.current_trio_token()
             self._trio = trio_epoll
             self._epoll.register(trio_epoll, select.EPOLLIN)
-            trio.lowlevel.add_instrument(self)
+            self._watch()
             try:
                 await trio.sleep_forever()
             finally:
-                trio.lowlevel.remove_instrument(self)
+                self._unwatch()
                 self._epoll.unregister(trio_epoll)
                 self._trio = -1
         while True:
@@ -81,6 +82,7 @@ class Pump(trio.abc.Instrument):
         descriptor = sock.fileno()
         self._flows[descriptor] = _Flow(step, trio.lowlevel.current_task())
         self._epoll.register(descriptor, select.EPOLLIN)
+        self._watch()
 
         def abort(_: object) -> trio.lowlevel.Abort:
             self._drop(descriptor)
@@ -88,10 +90,19 @@ class Pump(trio.abc.Instrument):
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
+    def _watch(self) -> None:
+        """Be told before Trio waits: only while streams flow, as others would pay for it."""
+        if self._trio >= 0 and self._flows and not self._watching:
+            self._watching = True
+            trio.lowlevel.add_instrument(self)
+
+    def _unwatch(self) -> None:
+        if self._watching:
+            self._watching = False
+            trio.lowlevel.remove_instrument(self)
+
     def before_io_wait(self, timeout: float) -> None:
         """Trio is about to wait for *timeout* seconds."""
-        if not self._flows:
-            return
         until = time.perf_counter() + min(timeout, _LONGEST)
         while not self._take_turns(max(0.0, until - time.perf_counter())):
             if time.perf_counter() >= until:
@@ -128,6 +139,8 @@ class Pump(trio.abc.Instrument):
     def _drop(self, descriptor: int) -> None:
         del self._flows[descriptor]
         self._epoll.unregister(descriptor)
+        if not self._flows:
+            self._unwatch()
 
 
 def _nothing() -> None:

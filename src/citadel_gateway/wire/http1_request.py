@@ -1,47 +1,26 @@
 """HTTP/1.1 requests from bytes, strictly.
 
-llhttp does the parsing; what it tolerates and a gateway must not (RFC 9112 sections 3, 6 and 11,
-request smuggling) is refused here.  No I/O: bytes in, requests out.
+llhttp does the parsing; what it tolerates and a gateway must not is refused by :mod:`.http1_rules`
+and here.  No I/O: bytes in, requests out.
 """
 
 from __future__ import annotations
 
-import re
 from collections import deque
 
 import attrs
 import httptools
 
 from citadel_gateway.wire.headers import Fields, Headers
+from citadel_gateway.wire.http1_rules import BadRequest, check_fields, check_line, says_close
 
 MAX_TARGET = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 _MAX_PENDING = MAX_TARGET + MAX_HEADER_BYTES + 256  # a whole head with its request line
-
-_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(:\d{1,5})?\Z")
-_TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*\Z")  # origin-form, visible ASCII, no fragment
-_LENGTH = re.compile(rb"(0|[1-9]\d{0,15})\Z")
 _MAX_EXTENSIONS = 1024  # bytes around the chunks of one body that are none of its data
 _FRAME = 12  # bytes that a chunk may have around it at no charge: its size and line ends
 _SLICE = 256  # what is fed at once where such bytes must be told from data
-
-_SPOKEN = frozenset({"1.0", "1.1"})
-_UNSAFE = frozenset({b"CONNECT", b"TRACE"})
-_CONTINUE = {b"100-continue"}
-_VERSIONS = "only HTTP/1.0 and HTTP/1.1 are spoken here"
-
-
-class BadRequest(Exception):
-    """Bytes that are not a request we accept; the connection must be closed.
-
-    :param status: what to answer before closing.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.to_head = False  # it was a HEAD, whose answer has no body
 
 
 @attrs.define(eq=False)
@@ -95,8 +74,8 @@ class RequestParser:
     _headers: Headers = attrs.field(factory=list, init=False)
     _header_bytes: int = attrs.field(default=0, init=False)
     _pending: int = attrs.field(default=0, init=False)  # fed since the last sign of progress
-    _raw: bytes = attrs.field(default=b"", init=False)  # what is fed, from a head's start if in one
-    _line_at: int = attrs.field(default=0, init=False)  # where in it the next request line is due
+    _raw: bytes = attrs.field(default=b"", init=False)  # what is fed, or a head so far
+    _line_at: int = attrs.field(default=0, init=False)  # where in it a request line is due
     _behind_chunks: bool = attrs.field(default=False, init=False)
     _chunked: bool = attrs.field(default=False, init=False)  # the body that is being read
     _excess: int = attrs.field(default=0, init=False)  # bytes of it that are not data
@@ -157,11 +136,10 @@ class RequestParser:
         if not self._in_head:
             self._line_at = max(0, self._line_at - len(self._raw))
             self._raw = b""
+        # A header or trailer that never ends is accumulated inside the parser: count what goes in.
+        if self._pending > _MAX_PENDING and self._in_head:
+            raise BadRequest(431, "the request head is too large")
         if self._pending > _MAX_PENDING:
-            # A header or trailer that never ends.  The parser accumulates those inside, or skips
-            # them, so what went in is counted.
-            if self._in_head:
-                raise BadRequest(431, "the request head is too large")
             raise BadRequest(400, "too many bytes that are neither a head nor a body")
 
     # What llhttp calls.
@@ -193,13 +171,14 @@ class RequestParser:
             return
         parser, fields = self._parser, Fields(self._headers)
         method, version = parser.get_method(), parser.get_http_version()
-        if version not in _SPOKEN:
-            self._refuse(505, _VERSIONS)
-        self._check_line(method, version)
-        content_length, chunked = self._check_framing(fields, version)
-        self._check_host(fields, version)
-        if b"expect" in fields and {v.lower() for v in fields.values(b"expect")} != _CONTINUE:
-            self._refuse(417, "only 'Expect: 100-continue' is understood")
+        try:
+            line = check_line(method, self._target, version)
+            if not self._is_line(line):
+                raise BadRequest(400, "the request line is not 'METHOD /target HTTP/1.1'")
+            content_length, chunked = check_fields(fields, version)
+        except BadRequest as exc:
+            self._error = exc
+            raise
         self._upgrade = parser.should_upgrade()
         if self._upgrade and fields.get(b"upgrade", b"").lower() == b"websocket":
             self._refuse(400, "WebSocket is not served here")
@@ -211,7 +190,7 @@ class RequestParser:
             target=self._target,
             version=version,
             fields=fields,
-            keep_alive=parser.should_keep_alive() and not _says_close(fields),
+            keep_alive=parser.should_keep_alive() and not says_close(fields),
             has_body=chunked or bool(content_length),
             content_length=content_length,
         )
@@ -234,45 +213,11 @@ class RequestParser:
 
     # What llhttp leaves to us.
 
-    def _check_line(self, method: bytes, version: str) -> None:
-        if method in _UNSAFE:
-            self._refuse(405, f"{method.decode()} is not allowed")
-        if not _TARGET.match(self._target):
-            self._refuse(400, "the request target is not a path")
-        # llhttp takes more spaces, and other protocols of its kind.
-        line = b"%b %b HTTP/%b\r\n" % (method, self._target, version.encode())
+    def _is_line(self, line: bytes) -> bool:
+        """Whether *line* stands where it is due: llhttp takes more spaces, and RTSP."""
         at = _skip_empty_lines(self._raw, self._line_at)
-        if not self._raw.startswith(line, at) and not self._is_lost(line):
-            self._refuse(400, "the request line is not 'METHOD /target HTTP/1.1'")
-
-    def _is_lost(self, line: bytes) -> bool:
-        """Where a body of chunks ends is not told, so a line behind one is looked for."""
-        return self._behind_chunks and line in self._raw
-
-    def _check_framing(self, fields: Fields, version: str) -> tuple[int | None, bool]:
-        if b"transfer-encoding" in fields:
-            encodings = fields.values(b"transfer-encoding")
-            if version == "1.0":
-                self._refuse(400, "Transfer-Encoding does not exist in HTTP/1.0")
-            if len(encodings) > 1 or encodings[0].lower() != b"chunked":
-                self._refuse(501, "the only Transfer-Encoding understood is 'chunked'")
-            return None, True
-        length = fields.get(b"content-length")
-        if length is None:
-            return None, False
-        if not _LENGTH.match(length):
-            self._refuse(400, "Content-Length is not a plain number")
-        return int(length), False
-
-    def _check_host(self, fields: Fields, version: str) -> None:
-        hosts = fields.values(b"host")
-        if not hosts and version == "1.0":
-            return
-        match = _HOST.match(hosts[0]) if len(hosts) == 1 else None
-        if match is None:
-            self._refuse(400, "there must be one valid Host header")
-        elif match[2] and int(match[2][1:]) > 65535:
-            self._refuse(400, "the port in the Host header is out of range")
+        # Where a body of chunks ends is not told, so a line behind one is looked for.
+        return self._raw.startswith(line, at) or (self._behind_chunks and line in self._raw)
 
     def _refuse(self, status: int, message: str) -> None:
         self._error = BadRequest(status, message)
@@ -300,18 +245,10 @@ class RequestParser:
 def _explain(exc: httptools.HttpParserError) -> BadRequest:
     message = str(exc)
     if "Invalid HTTP version" in message or "PRI" in message:
-        return BadRequest(505, _VERSIONS)
+        return BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
     if "Transfer-Encoding" in message and "Content-Length" not in message:
         return BadRequest(501, "the only Transfer-Encoding understood is 'chunked'")
     return BadRequest(400, f"not a valid HTTP request: {message}")
-
-
-def _says_close(fields: Fields) -> bool:
-    """Whether ``Connection`` says so, whatever else it says."""
-    if b"connection" not in fields:
-        return False
-    options = b",".join(fields.values(b"connection")).lower().split(b",")
-    return any(option.strip() == b"close" for option in options)
 
 
 def _skip_empty_lines(data: bytes, at: int) -> int:
