@@ -86,6 +86,35 @@ async def test_a_carried_task_can_be_cancelled(in_place: bool) -> None:
 
 
 @BOTH
+async def test_a_socket_that_was_closed_under_a_stream_is_no_accident(in_place: bool) -> None:
+    ours, theirs = pair()
+    with theirs:
+        async with pumping(in_place) as pump, trio.open_nursery() as nursery:
+            nursery.start_soon(pump.carry, ours, lambda now: True)
+            await wait_all_tasks_blocked()
+            ours.close()
+            nursery.cancel_scope.cancel()
+
+
+@BOTH
+async def test_a_step_may_cancel_its_own_task(in_place: bool) -> None:
+    ours, theirs = pair()
+    with ours, theirs:
+        async with pumping(in_place) as pump:
+            theirs.send(b"x")
+            with trio.CancelScope() as scope:
+
+                def step(now: float) -> bool:
+                    ours.recv(1)
+                    scope.cancel()
+                    return False
+
+                await pump.carry(ours, step)
+
+    assert scope.cancelled_caught
+
+
+@BOTH
 async def test_everybody_else_goes_on_while_streams_flow(in_place: bool) -> None:
     """Timers, other sockets and threads: Trio gets its turn whatever the streams do."""
     ours, theirs = pair()

@@ -17,6 +17,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn, TypeAlias
 
 import attrs
@@ -28,7 +29,10 @@ _LONGEST = 3600.0
 
 
 Step: TypeAlias = Callable[[float], bool]
-"""Takes Trio's time; true if there is no more to it than to wait for the next."""
+"""Takes Trio's time; true if there is no more to it than to wait for the next.
+
+It may wake other tasks only when it returns false: before, Trio would not learn of it in time.
+"""
 
 
 @attrs.define(eq=False)
@@ -80,12 +84,12 @@ class Pump(trio.abc.Instrument):
         Raises what *step* raises.  Nobody else may wait for *sock* meanwhile.
         """
         descriptor = sock.fileno()
-        self._flows[descriptor] = _Flow(step, trio.lowlevel.current_task())
+        flow = self._flows[descriptor] = _Flow(step, trio.lowlevel.current_task())
         self._epoll.register(descriptor, select.EPOLLIN)
         self._watch()
 
         def abort(_: object) -> trio.lowlevel.Abort:
-            self._drop(descriptor)
+            self._drop(descriptor, flow)
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
@@ -125,22 +129,26 @@ class Pump(trio.abc.Instrument):
             except Exception as exc:  # belongs to whoever is carried
                 result = outcome.Error(exc)
             is_for_trio = True
-            self._wake(descriptor, result)
+            self._wake(descriptor, flow, result)
         return is_for_trio or not flows
 
-    def _wake(self, descriptor: int, result: outcome.Outcome[None]) -> None:
-        task = self._flows[descriptor].task
-        self._drop(descriptor)
-        trio.lowlevel.reschedule(task, result)
+    def _wake(self, descriptor: int, flow: _Flow, result: outcome.Outcome[None]) -> None:
+        if self._drop(descriptor, flow):  # else its own step has led to its being cancelled
+            trio.lowlevel.reschedule(flow.task, result)
         if self._token is not None:
             # Trio has decided how long it sleeps, and does not know of the task yet.
             self._token.run_sync_soon(_nothing, idempotent=True)
 
-    def _drop(self, descriptor: int) -> None:
+    def _drop(self, descriptor: int, flow: _Flow) -> bool:
+        """Carry *flow* no longer; false if it is not carried any more."""
+        if self._flows.get(descriptor) is not flow:
+            return False
         del self._flows[descriptor]
-        self._epoll.unregister(descriptor)
+        with suppress(OSError):  # its socket may have been closed, and is gone from here then
+            self._epoll.unregister(descriptor)
         if not self._flows:
             self._unwatch()
+        return True
 
 
 def _nothing() -> None:
