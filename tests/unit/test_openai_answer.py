@@ -19,23 +19,9 @@ from citadel_gateway.wire.openai_answer import (
     parse_usage,
 )
 from citadel_gateway.wire.openai_request import Kind
+from tests.support.json_values import ANY_JSON
 
 steady = settings(deadline=None, derandomize=True)
-
-ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["error", "object", "choices", "delta", "usage", "message", "code", "x"]
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=15,
-)
 
 
 def test_a_whole_answer_tells_its_usage() -> None:

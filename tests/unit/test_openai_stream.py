@@ -12,25 +12,12 @@ from hypothesis import strategies as st
 from citadel_gateway.wire.openai_answer import EngineError, NotAnAnswer, Usage
 from citadel_gateway.wire.openai_stream import EventKind, StreamReader
 from citadel_gateway.wire.sse import encode_event
+from tests.support.json_values import ANY_JSON
 
 steady = settings(deadline=None, derandomize=True)
 
 QUIET, CONTENT, USAGE = EventKind.QUIET, EventKind.CONTENT, EventKind.USAGE
 DONE, MALFORMED = EventKind.DONE, EventKind.MALFORMED
-ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["error", "object", "choices", "delta", "usage", "message", "code", "x"]
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=15,
-)
 
 
 def chunk(*choices: object, **extra: object) -> bytes:
