@@ -27,11 +27,11 @@ from bench.processes import (
     Process,
     free_ports,
     machine,
-    raise_descriptor_limit,
     resident_mb,
     running,
     wait_until_quiet,
 )
+from citadel_gateway.io.descriptors import raise_limit
 
 RESULTS = Path(__file__).parent / "results"
 DIRECT = LOADS[0]  # what the engine is asked without a gateway, for the latency that one adds
@@ -174,7 +174,7 @@ def compare(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    raise_descriptor_limit()
+    raise_limit()
     began = time.monotonic()
     found = compare(int(os.environ.get("ROUNDS", "3")))
     found["took_s"] = round(time.monotonic() - began)

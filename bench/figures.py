@@ -26,10 +26,10 @@ from bench.processes import (
     free_ports,
     machine,
     peak_mb,
-    raise_descriptor_limit,
     resident_mb,
     running,
 )
+from citadel_gateway.io.descriptors import raise_limit
 
 ROUNDS = 5
 RESULTS = Path(__file__).parent / "results"
@@ -112,7 +112,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    raise_descriptor_limit()
+    raise_limit()
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),

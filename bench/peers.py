@@ -150,25 +150,23 @@ def launch_nginx(program: str, place: Place) -> Launch:
     return Launch(command=(program, "-p", str(place.folder), "-c", file), config=config)
 
 
-def launch_sglang(program: str, place: Place) -> Launch:
+def _launch_router(program: str, place: Place, package: str, *options: str) -> Launch:
+    """vllm-router was made from sglang-router, and is started like it."""
     return Launch(
         command=(
-            program, "-m", "sglang_router.launch_router", "--worker-urls", place.upstream,
+            program, "-m", f"{package}.launch_router", "--worker-urls", place.upstream,
             "--host", "127.0.0.1", "--port", str(place.port), "--policy", "round_robin",
-            "--prometheus-port", str(place.metrics_port), "--log-level", "warn",
-            "--api-key", KEY,
+            "--prometheus-port", str(place.metrics_port), *options,
         )
     )  # fmt: skip
+
+
+def launch_sglang(program: str, place: Place) -> Launch:
+    return _launch_router(program, place, "sglang_router", "--log-level", "warn", "--api-key", KEY)
 
 
 def launch_vllm(program: str, place: Place) -> Launch:
-    return Launch(
-        command=(
-            program, "-m", "vllm_router.launch_router", "--worker-urls", place.upstream,
-            "--host", "127.0.0.1", "--port", str(place.port), "--policy", "round_robin",
-            "--prometheus-port", str(place.metrics_port), "--log-level", "warning",
-        )
-    )  # fmt: skip
+    return _launch_router(program, place, "vllm_router", "--log-level", "warning")
 
 
 LITELLM = """\

@@ -21,13 +21,6 @@ from typing import Any
 Process = subprocess.Popen[bytes]
 
 
-def raise_descriptor_limit() -> int:
-    """As many open files as the machine allows, for this process and all that it starts."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
-
-
 def free_ports(count: int, first: int = 21000) -> list[int]:
     """Below the range that the kernel takes ports of outgoing connections from."""
     found: list[int] = []

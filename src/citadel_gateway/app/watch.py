@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NoReturn
 
 import attrs
@@ -94,4 +93,4 @@ class Watch:
     async def _watch(self, checker: HealthChecker, scope: trio.CancelScope) -> None:
         name = f"health of {checker.endpoint.url}"
         with scope:
-            await supervise(partial(checker.watch), name=name, on_crash=self.on_crash)
+            await supervise(checker.watch, name=name, on_crash=self.on_crash)

@@ -63,7 +63,6 @@ class Attempt:
     _allowed: float = attrs.field(default=0.0, init=False)
     _final: bool = attrs.field(default=False, init=False)  # the clock is the request's deadline
     _last: float = attrs.field(default=math.inf, init=False)  # when all must be here
-    _wait_began: float = attrs.field(default=0.0, init=False)
     _sent: bool = attrs.field(default=False, init=False)
     _sent_at: float = attrs.field(default=0.0, init=False)
 
@@ -138,13 +137,6 @@ class Attempt:
         self._paused = True
         if self._struck:
             raise self._timed_out()
-
-    def begin_wait(self) -> None:
-        """The upstream's turn, and nobody takes the time of single reads."""
-        self._wait_began = trio.current_time()
-
-    def end_wait(self) -> None:
-        self.progress.upstream_wait += trio.current_time() - self._wait_began
 
     def note_wait(self, connection: Connection) -> None:
         """Add to the books how long the upstream has kept us waiting."""

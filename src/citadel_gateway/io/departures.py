@@ -23,7 +23,7 @@ _LEFT = select.EPOLLRDHUP | select.EPOLLET  # errors and resets are always repor
 _MOST = 1024
 _LOOK_EVERY = 0.25  # seconds
 _READ = 64 * 1024
-_MOST_AHEAD = 256 * 1024
+MOST_AHEAD = 256 * 1024  # bytes of next requests that are kept until their turn
 
 
 class Leaver(Protocol):
@@ -113,14 +113,14 @@ class ReadAhead(trio.abc.Stream):
         try:
             while data := await self.stream.receive_some(_READ):
                 self._ahead += data
-                self._tell()
-                while len(self._ahead) >= _MOST_AHEAD:
+                self._news.set()
+                while len(self._ahead) >= MOST_AHEAD:
                     self._room = trio.Event()
                     await self._room.wait()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         self._ended = True
-        self._tell()
+        self._news.set()
         self.leaver.pass_on_leave()
         self.leaver.leave()
 
@@ -132,9 +132,6 @@ class ReadAhead(trio.abc.Stream):
         del self._ahead[: len(data)]
         self._room.set()
         return data
-
-    def _tell(self) -> None:
-        self._news.set()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self.stream.send_all(data)

@@ -15,7 +15,7 @@ import trio
 from citadel_gateway.errors import internal_error
 from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.http1_request import IncomingRequest
-from citadel_gateway.wire.http1_response import encode_response_head
+from citadel_gateway.wire.http1_response import encode_chunk, encode_response_head
 from citadel_gateway.wire.http1_rules import BadRequest
 
 Message: TypeAlias = dict[str, Any]
@@ -61,7 +61,7 @@ class Client(Protocol):
 
     def write_now(self, data: bytes) -> int: ...
 
-    async def write_rest(self, data: bytes, sent: int) -> None: ...
+    async def write(self, data: bytes) -> None: ...
 
     async def read_more(self) -> None: ...
 
@@ -190,7 +190,7 @@ class Exchange:
         """More of the body, and its end if it is the *last*."""
         if self._chunked:
             if data:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
+                data = encode_chunk(data)
             if last:
                 data += b"0\r\n\r\n"
         elif self._bodiless:
@@ -211,7 +211,7 @@ class Exchange:
         Returns what is left, for :meth:`write_rest`; nothing else may be written before.
         """
         if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+            data = encode_chunk(data)
         elif self._bodiless:
             return b""
         try:
@@ -253,17 +253,14 @@ class Exchange:
         if self._bodiless:
             body = b""
         elif self._chunked and body:
-            body = b"%x\r\n%b\r\n" % (len(body), body)
+            body = encode_chunk(body)
         await self._write(head + body)
 
     async def _write(self, data: bytes) -> None:
-        connection = self.connection
         try:
-            sent = connection.write_now(data)
-            if sent < len(data):
-                await connection.write_rest(data, sent)
+            await self.connection.write(data)
         except trio.BrokenResourceError:
-            connection.give_up()  # the same as being told that it has left
+            self.connection.give_up()  # the same as being told that it has left
             await trio.lowlevel.checkpoint()
 
     async def _continue(self) -> None:

@@ -23,7 +23,7 @@ import trio
 
 from citadel_gateway.errors import bad_http_request
 from citadel_gateway.io.deadlines import Deadline, Deadlines
-from citadel_gateway.io.departures import Departures, ReadAhead, socket_of
+from citadel_gateway.io.departures import MOST_AHEAD, Departures, ReadAhead, socket_of
 from citadel_gateway.io.http1_exchange import App, Exchange, Fate, Message, http_date
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST
 from citadel_gateway.io.tcp_stream import TcpStream
@@ -33,7 +33,6 @@ from citadel_gateway.wire.http1_rules import BadRequest
 
 _READ = 64 * 1024
 _WRITE = 64 * 1024  # how much a client must take within `write_timeout`
-_MOST_AHEAD = 256 * 1024
 _MOST_READS_AHEAD = 64  # at once: others want a turn
 _LINGER_BYTES = 32 * 2**20
 _LINGER_SECONDS = 2.0
@@ -151,7 +150,7 @@ class HttpConnection:
     def leave(self) -> None:
         self._left = True
         if self._exchange is not None:  # else we are reading, and come to the end ourselves
-            self._scope.cancel(reason="the client has left")
+            self.give_up()
 
     def _time_is_up(self) -> None:
         if self._parser.in_head or self._parser.in_body:
@@ -169,7 +168,7 @@ class HttpConnection:
         for _ in range(_MOST_READS_AHEAD):
             if not (data := self._plain.receive_now()):
                 return
-            if len(self._ahead) < _MOST_AHEAD:
+            if len(self._ahead) < MOST_AHEAD:
                 self._ahead += data
             else:
                 self._is_deaf, self._promises = True, False
@@ -325,7 +324,7 @@ class HttpConnection:
         """Raises ``trio.BrokenResourceError`` when the client is gone or takes nothing."""
         sent = self.write_now(data)
         if sent < len(data):
-            await self.write_rest(data, sent)
+            await self._write_rest(data, sent)
 
     @property
     def takes_at_once(self) -> bool:
@@ -347,8 +346,7 @@ class HttpConnection:
         self._taken += sent
         return sent
 
-    async def write_rest(self, data: bytes, sent: int) -> None:
-        """The rest of *data*, of which *sent* bytes were taken; raises as :meth:`write`."""
+    async def _write_rest(self, data: bytes, sent: int) -> None:
         if not sent:
             await trio.lowlevel.checkpoint_if_cancelled()  # later, it would leave a part written
         self._torn = True

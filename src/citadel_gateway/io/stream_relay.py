@@ -99,9 +99,9 @@ class StreamRelay:
             return
         attempt = self.attempt
         while self._error is None and not self.reader.done and connection.is_flowing:
-            attempt.begin_wait()
+            began = trio.current_time()
             await self.pump.carry(sock, partial(self._step, connection))
-            attempt.end_wait()
+            connection.waited += trio.current_time() - began
             if self._unsent or self._held:
                 attempt.stop_clock()
                 rest, self._unsent = self._unsent, b""

@@ -12,7 +12,13 @@ import attrs
 import httptools
 
 from citadel_gateway.wire.headers import Fields, Headers
-from citadel_gateway.wire.http1_rules import BadRequest, check_fields, check_line, says_close
+from citadel_gateway.wire.http1_rules import (
+    VERSIONS,
+    BadRequest,
+    check_fields,
+    check_line,
+    says_close,
+)
 
 MAX_TARGET = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024
@@ -119,11 +125,7 @@ class RequestParser:
 
     def _feed(self, data: bytes) -> None:
         self._pending += len(data)
-        if self._in_head:
-            self._raw += data
-        else:
-            self._line_at = max(0, self._line_at - len(self._raw))
-            self._raw = data
+        self._raw += data
         while data:
             try:
                 self._parser.feed_data(data)
@@ -245,7 +247,7 @@ class RequestParser:
 def _explain(exc: httptools.HttpParserError) -> BadRequest:
     message = str(exc)
     if "Invalid HTTP version" in message or "PRI" in message:
-        return BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        return BadRequest(505, VERSIONS)
     if "Transfer-Encoding" in message and "Content-Length" not in message:
         return BadRequest(501, "the only Transfer-Encoding understood is 'chunked'")
     return BadRequest(400, f"not a valid HTTP request: {message}")

@@ -194,6 +194,11 @@ def encode_response_head(status: int, headers: Headers) -> bytes:
     return line + b"".join([b"%s: %s\r\n" % pair for pair in headers]) + b"\r\n"
 
 
+def encode_chunk(data: bytes) -> bytes:
+    """*data*, at least a byte, as one chunk of a body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 def encode_request(method: bytes, target: bytes, headers: Headers, body: bytes) -> bytes:
     """A whole request; the caller has put ``host`` and ``content-length`` among the headers."""
     head = b"".join([b"%s: %s\r\n" % pair for pair in headers])

@@ -16,7 +16,7 @@ _LENGTH = re.compile(rb"(0|[1-9]\d{0,15})\Z")
 _SPOKEN = frozenset({"1.0", "1.1"})
 _UNSAFE = frozenset({b"CONNECT", b"TRACE"})
 _CONTINUE = {b"100-continue"}
-_VERSIONS = "only HTTP/1.0 and HTTP/1.1 are spoken here"
+VERSIONS = "only HTTP/1.0 and HTTP/1.1 are spoken here"
 
 
 class BadRequest(Exception):
@@ -34,7 +34,7 @@ class BadRequest(Exception):
 def check_line(method: bytes, target: bytes, version: str) -> bytes:
     """The request line as it must have been sent.  Raises :class:`BadRequest`."""
     if version not in _SPOKEN:
-        raise BadRequest(505, _VERSIONS)
+        raise BadRequest(505, VERSIONS)
     if method in _UNSAFE:
         raise BadRequest(405, f"{method.decode()} is not allowed")
     if not _TARGET.match(target):
