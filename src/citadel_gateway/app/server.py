@@ -17,7 +17,7 @@ import ssl
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import trio
@@ -89,6 +89,7 @@ class Server:
     _emptied: trio.Event = attrs.field(factory=trio.Event, init=False)
     _promises: bool = attrs.field(default=True, init=False)
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _listener: socket.socket | None = attrs.field(default=None, init=False)
     _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _hypercorn: HypercornConfig = attrs.field(init=False)
     _tls: ssl.SSLContext | None = attrs.field(default=None, init=False)
@@ -117,20 +118,21 @@ class Server:
 
         Raises :class:`CannotListen`.  Reports started once the sockets listen.
         """
-        with self._listen() as listener, closing(self._departures), self._serving:
+        with self._listen() as self._listener, closing(self._departures), self._serving:
             async with trio.open_nursery() as watchers:
                 watchers.start_soon(self._deadlines.run)
                 watchers.start_soon(self._departures.run)
                 async with trio.open_nursery() as connections:
                     with self._accepting:
                         task_status.started(self.bound or self.address)
-                        await self._accept(listener, connections)
-                    listener.close()
+                        await self._accept(self._listener, connections)
                 watchers.cancel_scope.cancel()
 
     async def stop(self, within: float) -> None:
         """Close the listeners, let requests finish *within* seconds, then cut them."""
         self._accepting.cancel()
+        if self._listener is not None:
+            self._listener.close()  # here, so that whoever sees a connection end cannot come back
         for connection in list(self._connections):
             if connection.served or not connection.is_idle:
                 connection.drain()
@@ -161,9 +163,9 @@ class Server:
             self._emptied = trio.Event()
             await self._emptied.wait()
 
-    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> NoReturn:
+    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
         told = -math.inf
-        while True:
+        while not self._accepting.cancel_called:
             await trio.lowlevel.wait_readable(listener)
             try:
                 for _ in range(_AT_ONCE):
