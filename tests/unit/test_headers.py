@@ -70,4 +70,4 @@ def test_only_the_trace_context_passes() -> None:
     ],
 )
 def test_durations_are_written_as_openai_does(seconds: float, text: str) -> None:
-    assert duration_ms(seconds) == text
+    assert duration_ms(seconds) == text.encode()

@@ -88,10 +88,10 @@ def test_what_is_never_going_to_fit_waits_for_ever() -> None:
 
 def test_remaining_and_reset_tell_what_the_bucket_holds() -> None:
     bucket = TokenBucket(rate=2.0, burst=4.0)
-    told = [(bucket.remaining(0.0), bucket.reset(0.0))]
+    told = [(bucket.remaining(0.0), bucket.allowance(0.0).reset)]
     for _ in range(4):
         bucket.spend(0.0)
-        told.append((bucket.remaining(0.0), bucket.reset(0.0)))
+        told.append((bucket.remaining(0.0), bucket.allowance(0.0).reset))
 
     assert told == [(4, 0.0), (3, 0.5), (2, 1.0), (1, 1.5), (0, 2.0)]
     assert [bucket.remaining(t) for t in (0.4, 0.5, 1.9, 2.0, 9.0)] == [0, 1, 3, 4, 4]

@@ -57,8 +57,9 @@ class Limiter:
         if not self._enabled:
             return None
         buckets = [("global", self._everybody)]
-        if key is not None and key.id in self._keys:
-            buckets.append(("key", self._keys[key.id]))
+        own = self._keys.get(key.id) if key is not None else None
+        if own is not None:
+            buckets.append(("key", own))
         elif self._clients is not None:
             who = f"key:{key.id}" if key is not None else client
             buckets.append(("client", self._clients.of(who, now)))
@@ -79,7 +80,7 @@ def allowance_headers(allowance: Allowance) -> Headers:
     return [
         (b"x-ratelimit-limit-requests", b"%d" % allowance.limit),
         (b"x-ratelimit-remaining-requests", b"%d" % allowance.remaining),
-        (b"x-ratelimit-reset-requests", duration_ms(allowance.reset).encode("ascii")),
+        (b"x-ratelimit-reset-requests", duration_ms(allowance.reset)),
     ]
 
 
@@ -152,18 +153,17 @@ class Doorkeeper:
         Raises ``GatewayError`` 429.
         """
         result = self.limiter.take(visitor.client, visitor.key, now)
-        match result:
-            case None:
-                return []
-            case Refusal(limit=limit, retry_after=wait, allowance=allowance):
-                error = rate_limited(
-                    f"Rate limit reached ({limit}). Try again in {wait:.3f} s.", wait
-                )
-                error.headers = tuple(allowance_headers(allowance))
-                self._on_rejected(limit)
-                raise error
-            case Allowance():
-                return allowance_headers(result)
+        if isinstance(result, Allowance):
+            return allowance_headers(result)
+        if result is None:
+            return []
+        wait = result.retry_after
+        error = rate_limited(
+            f"Rate limit reached ({result.limit}). Try again in {wait:.3f} s.", wait
+        )
+        error.headers = tuple(allowance_headers(result.allowance))
+        self._on_rejected(result.limit)
+        raise error
 
     def known(self, fields: Fields) -> Findings | None:
         """What was found when this very head was here before."""

@@ -25,38 +25,43 @@ class TokenBucket:
     _tat: float = attrs.field(default=-math.inf, init=False)
     _step: float = attrs.field(init=False)  # seconds that one unit takes to refill
     _depth: float = attrs.field(init=False)  # and the whole bucket
+    _whole: int = attrs.field(init=False)  # units in a full one
 
     def __attrs_post_init__(self) -> None:
         self._step, self._depth = 1.0 / self.rate, self.burst / self.rate
+        self._whole = int(self.burst)
 
     def wait(self, now: float, cost: float = 1.0) -> float:
         """Seconds until *cost* units fit; 0.0 if they fit now; inf if they never will."""
         if cost > self.burst:
             return math.inf
-        wait = self._after(now, cost) - now - self._depth
+        tat = self._tat
+        wait = (tat - now if tat > now else 0.0) + cost * self._step - self._depth
         return wait if wait > _NOW else 0.0
 
-    def spend(self, now: float, cost: float = 1.0) -> None:
-        self._tat = self._after(now, cost)
+    def spend(self, now: float, cost: float = 1.0) -> float:
+        """Take *cost* units; returns how much of the whole bucket is spent now, from 0 to 1."""
+        tat = self._tat
+        tat = self._tat = (max(now, tat)) + cost * self._step
+        return (tat - now) / self._depth
 
     def remaining(self, now: float) -> int:
         """Whole units that would fit now."""
-        tat = self._tat
+        tat, whole = self._tat, self._whole
         if tat <= now:
-            return int(self.burst)
+            return whole
         filled = int(self.burst - (tat - now - _NOW) * self.rate)
-        return min(int(self.burst), filled) if filled > 0 else 0
+        if filled >= whole:
+            return whole
+        return max(0, filled)
 
-    def reset(self, now: float) -> float:
-        """Seconds until the bucket is full again."""
-        return max(0.0, self._tat - now)
+    def allowance(self, now: float) -> Allowance:
+        """What there is to tell about it."""
+        tat = self._tat
+        return Allowance(self._whole, self.remaining(now), tat - now if tat > now else 0.0)
 
     def is_full(self, now: float) -> bool:
         return self._tat <= now
-
-    def _after(self, now: float, cost: float) -> float:
-        tat = self._tat
-        return (max(now, tat)) + cost * self._step
 
 
 @attrs.frozen
@@ -87,17 +92,12 @@ def take(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance | 
         if (wait := bucket.wait(now)) > longest:
             longest, limit, refusing = wait, name, bucket
     if longest > 0:
-        return Refusal(limit, longest, _allowance(refusing, now))
-    lowest = math.inf
+        return Refusal(limit, longest, refusing.allowance(now))
+    most = -1.0
     for _, bucket in buckets:
-        bucket.spend(now)
-        if (share := bucket.remaining(now) / bucket.burst) < lowest:
-            lowest, tightest = share, bucket
-    return _allowance(tightest, now)
-
-
-def _allowance(bucket: TokenBucket, now: float) -> Allowance:
-    return Allowance(int(bucket.burst), bucket.remaining(now), bucket.reset(now))
+        if (spent := bucket.spend(now)) > most:
+            most, tightest = spent, bucket
+    return tightest.allowance(now)
 
 
 @attrs.define(eq=False)

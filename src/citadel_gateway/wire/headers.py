@@ -76,10 +76,10 @@ def tracing(fields: Fields) -> Headers:
     return [(name, fields[name]) for name in _TRACING if name in fields]
 
 
-def duration_ms(seconds: float) -> str:
+def duration_ms(seconds: float) -> bytes:
     """A duration as rate limit headers write it: ``250ms``, ``1s``, ``6m0s``."""
     milliseconds = round(seconds * 1000)
     if milliseconds < 1000:
-        return f"{milliseconds}ms"
+        return b"%dms" % milliseconds
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+    return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest
