@@ -256,12 +256,15 @@ class Connection:
 
 
 async def _send_all(sock: socket.socket, data: bytes) -> None:
-    rest = memoryview(data)
+    rest: bytes | memoryview = data
     while True:
-        with suppress(BlockingIOError):
-            rest = rest[sock.send(rest) :]
-        if not rest:
-            return
+        try:
+            sent = sock.send(rest)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(rest):
+            return  # at once, nearly always
+        rest = memoryview(rest)[sent:]
         await trio.lowlevel.wait_writable(sock)
 
 
