@@ -15,14 +15,14 @@ from pathlib import Path
 import bench
 from bench.processes import machine
 
-from tests.scenarios.gateways import CITADEL, LITELLM, SGLANG
+from tests.scenarios.gateways import CITADEL, DIRECT, LITELLM, SGLANG
 from tests.scenarios.judging import Grade
 from tests.scenarios.report import as_json, markdown, plain
 from tests.scenarios.runner import PACE, Card, run
 from tests.scenarios.scenario import SCENARIOS
 
 _RESULTS = Path(bench.__file__).parent / "results"
-_ALL = (CITADEL, LITELLM, SGLANG)
+_ALL = (CITADEL, LITELLM, SGLANG, DIRECT)
 
 
 def main() -> None:

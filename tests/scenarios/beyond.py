@@ -77,9 +77,8 @@ def full_outage(stage: Stage) -> Verdict:
     took = max(told.ended for told in stage.told) - stage.told[0].began
     most = _BUDGET * len(stage.told) + _FLOOR * max(took, _LOOKS_BACK)
     verdict = stage.in_time(worst(refused(told) for told in stage.told))
-    return verdict.unless(
-        stage.attempts <= most, f"{stage.attempts} attempts for {len(stage.told)} requests"
-    )
+    figure = f"{stage.attempts} attempts for {len(stage.told)} requests"
+    return verdict.noting(figure).unless(stage.attempts <= most, "asked too often")
 
 
 def _rests(stage: Stage) -> Verdict:
@@ -161,5 +160,6 @@ def _freed(stage: Stage) -> Verdict:
     for told, post in zip(stage.told, stage.primary.posts, strict=False):
         if post.client_left_at is None:
             return Verdict(Grade.FAIL, "the engine works on for a client who left")
-        slowest = max(slowest, post.client_left_at - told.ended)
-    return PASS.unless(slowest <= _AT_ONCE, f"let go after {slowest:.2f} s")
+        slowest = max(slowest, post.client_left_at - (told.left_at or told.ended))
+    figure = f"let go after {1000 * slowest:.0f} ms"
+    return PASS.noting(figure).unless(slowest <= _AT_ONCE, "slow to let go")

@@ -37,6 +37,7 @@ class Told:
     :param nonsense: events that are no JSON.
     :param complete: the body came to its own end.
     :param gap: the longest silence between two pieces of text.
+    :param left_at: when the client hung up, as it was told to.
     """
 
     began: float
@@ -54,7 +55,7 @@ class Told:
     first: float | None = None
     gap: float = 0.0
     gave_up: bool = False
-    left: bool = False
+    left_at: float | None = None
     _last: float = 0.0
 
     @property
@@ -63,7 +64,7 @@ class Told:
 
     @property
     def end(self) -> End:
-        if self.left:
+        if self.left_at is not None:
             return End.LEFT
         if self.gave_up:
             return End.SILENT
@@ -162,7 +163,7 @@ async def ask(
 
     async def leave(scope: trio.CancelScope, event: trio.Event) -> None:
         await event.wait()
-        told.left = True
+        told.left_at = trio.current_time()
         scope.cancel()
 
     with trio.move_on_after(patience) as waiting:
@@ -190,7 +191,7 @@ async def _read_stream(
         told.read_event(data, trio.current_time())
         notice(told)
         if leave_when(told):
-            told.left = True
+            told.left_at = trio.current_time()
             return
     told.complete = client.complete
 

@@ -19,7 +19,7 @@ import attrs
 import trio
 
 from tests.scenarios.speech import Behaviour, Heard, speaks, speaks_slowly
-from tests.support.scripted_engine import LedgerEntry, Script, ScriptedEngine, serve_tcp, status
+from tests.support.scripted_engine import LedgerEntry, Script, ScriptedEngine, status
 
 _ABOUT = (
     "/health",
@@ -79,14 +79,7 @@ class Engine:
 
     async def listen(self, nursery: trio.Nursery) -> None:
         """Serve for the nursery's life."""
-        listeners: list[trio.SocketListener] = await nursery.start(
-            partial(trio.serve_tcp, self._serve, 0, host="127.0.0.1")
-        )
-        self.port = listeners[0].socket.getsockname()[1]
-
-    async def _serve(self, stream: trio.abc.Stream) -> None:
-        with suppress(ValueError):  # some ask in HTTP/2 first, and then as they are answered
-            await self.scripted.serve(stream)
+        self.port = await _listen(self.scripted, nursery)
 
     def go_down(self) -> None:
         """Refuse everything, also to say how it is, with status 503."""
@@ -108,6 +101,20 @@ class Engine:
 
 
 _DOWN = status(503, b'{"error":{"message":"down","type":"server_error","param":null,"code":null}}')
+
+
+async def _listen(engine: ScriptedEngine, nursery: trio.Nursery) -> int:
+    """Serve on a real socket for the nursery's life; the port."""
+
+    async def serve(stream: trio.abc.Stream) -> None:
+        with suppress(ValueError):  # some ask in HTTP/2 first, and then as they are answered
+            await engine.serve(stream)
+
+    listeners: list[trio.SocketListener] = await nursery.start(
+        partial(trio.serve_tcp, serve, 0, host="127.0.0.1")
+    )
+    port: int = listeners[0].socket.getsockname()[1]
+    return port
 
 
 def _routes(name: str) -> dict[tuple[str, str], Script]:
@@ -220,7 +227,7 @@ async def _serve_mortal(name: str, gap: float, think: float) -> None:
 
     engine = ScriptedEngine(default=answer, routes=_routes(name))
     async with trio.open_nursery() as nursery:
-        tell({"port": await serve_tcp(engine, nursery)})
+        tell({"port": await _listen(engine, nursery)})
 
 
 def main() -> None:

@@ -35,7 +35,8 @@ class Place:
 
 @attrs.frozen(kw_only=True)
 class Gateway:
-    """:param stages_each: how many scenarios one process serves, each with models of its own.
+    """:param launch: `None` if there is no gateway at all.
+    :param stages_each: how many scenarios one process serves, each with models of its own.
     :param processes: how many processes run at once.
     :param at_once: how many scenarios are played at once with one process.
     :param find_port: where it listens, by what it has written; `None` while it does not say.
@@ -44,12 +45,15 @@ class Gateway:
     name: str
     requirement: str
     install: Callable[[str], tuple[str, str]]
-    launch: Callable[[str, Place, Sequence[Stage], float], Launch]
+    launch: Callable[[str, Place, Sequence[Stage], float], Launch] | None
     note: str
     stages_each: int
     processes: int
     at_once: int
     find_port: Callable[[Place, str], int | None]
+
+
+_FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.5, 8.0  # LiteLLM's defaults in seconds, to be shrunk
 
 
 def _url(port: int) -> str:
@@ -148,7 +152,12 @@ def _launch_litellm(program: str, place: Place, stages: Sequence[Stage], pace: f
         str(Path(program).with_name("litellm")), "--config", file, "--host", "127.0.0.1",
         "--port", str(place.port), "--num_workers", "1", "--telemetry", "False",
     )  # fmt: skip
-    return Launch(command=command, config=text, env={"LITELLM_LOCAL_MODEL_COST_MAP": "True"})
+    env = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "INITIAL_RETRY_DELAY": f"{_FIRST_BACK_OFF * pace:g}",
+        "MAX_RETRY_DELAY": f"{_LONGEST_BACK_OFF * pace:g}",
+    }
+    return Launch(command=command, config=text, env=env)
 
 
 def _launch_sglang(program: str, place: Place, stages: Sequence[Stage], pace: float) -> Launch:
@@ -178,8 +187,23 @@ def _given_port(place: Place, _: str) -> int:
     return place.port
 
 
+def _nothing(_: str) -> tuple[str, str]:
+    return "", ""
+
+
 _PEERS = {gateway.name: gateway for gateway in GATEWAYS}
 
+DIRECT = Gateway(
+    name="no gateway",
+    requirement="",
+    install=_nothing,
+    launch=None,
+    note="The client asks the faulty engine itself, once.",
+    stages_each=100,
+    processes=2,
+    at_once=100,
+    find_port=_given_port,
+)
 CITADEL = Gateway(
     name="citadel",
     requirement=_PEERS["citadel"].requirement,

@@ -26,18 +26,26 @@ class Grade(enum.IntEnum):
 
 @attrs.frozen
 class Verdict:
-    """:param why: what kept it from a better grade; empty for a pass."""
+    """:param why: what kept it from a better grade; empty for a pass.
+    :param note: a figure that is worth telling, whatever the grade.
+    """
 
     grade: Grade
     why: str = ""
+    note: str = ""
 
     def unless(self, holds: bool, why: str, grade: Grade = Grade.PARTIAL) -> Verdict:
-        """This verdict if something *holds*, else one that is *grade* at best."""
-        if holds:
+        """This verdict if something *holds*, else one that is *grade* at best.
+
+        Of what is not as bad as what is known already, nothing is said.
+        """
+        if holds or grade < self.grade:
             return self
-        if grade > self.grade:
-            return Verdict(grade, why)
-        return Verdict(self.grade, "; ".join(filter(None, (self.why, why))))
+        reasons = [self.why, why] if grade is self.grade else [why]
+        return Verdict(grade, "; ".join(filter(None, reasons)), self.note)
+
+    def noting(self, note: str) -> Verdict:
+        return attrs.evolve(self, note=note)
 
 
 PASS = Verdict(Grade.PASS)
@@ -84,7 +92,8 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     found = list(verdicts)
     grade = max((verdict.grade for verdict in found), default=Grade.PASS)
     reasons = [verdict.why for verdict in found if verdict.grade is grade and verdict.why]
-    return Verdict(grade, "; ".join(dict.fromkeys(reasons)))
+    notes = [verdict.note for verdict in found if verdict.note]
+    return Verdict(grade, "; ".join(dict.fromkeys(reasons)), "; ".join(dict.fromkeys(notes)))
 
 
 def _named(told: Told) -> str:

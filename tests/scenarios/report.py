@@ -31,7 +31,8 @@ def plain(card: Card) -> str:
     lines = [f"{card.gateway.name} {card.version}, {card.seconds:.0f} s"]
     for result in card.results:
         verdict, asked = result.verdict, ", ".join(map(_asked, result.played))
-        why = f": {verdict.why}" if verdict.why else ""
+        why = "; ".join(filter(None, (verdict.why, verdict.note)))
+        why = why and f": {why}"
         lines.append(
             f"  {result.scenario.id}  {verdict.grade.word:<8}"
             f"{result.scenario.title}{why}  [{asked}]"
@@ -105,7 +106,9 @@ def _row(scenario: Scenario, cards: Sequence[Card]) -> list[str]:
             cells.append("—")
         else:
             word = result.verdict.grade.word
-            cells.append(f"**{word}**" if result.verdict.grade is Grade.PASS else word)
+            word = f"**{word}**" if result.verdict.grade is Grade.PASS else word
+            note = result.verdict.note
+            cells.append(f"{word}, {note}" if note else word)
     return [scenario.id, scenario.title, *cells]
 
 
@@ -173,6 +176,7 @@ def _result(result: Result) -> dict[str, Any]:
         "title": result.scenario.title,
         "grade": verdict.grade.word,
         "why": verdict.why,
+        "note": verdict.note,
         "played": [
             {
                 "shape": played.shape.value,

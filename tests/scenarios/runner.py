@@ -95,7 +95,7 @@ def run(
         try:
             trio.run(exam.run, [SCENARIOS[name] for name in names])
         except* Unavailable as problems:
-            card.problem = str(problems.exceptions[0])
+            card.problem = _first(problems)
     for name in names:
         played = sorted(found[name], key=lambda played: played.shape.value, reverse=True)
         card.results.append(Result(scenario=SCENARIOS[name], played=played))
@@ -133,6 +133,8 @@ class _Exam:
         """What one process would be given for a scenario with a fallback."""
         stage = next((s for s in stages if s.backup and not s.scenario.together), stages[0])
         place = Place(folder=self.folder, port=8000, metrics_port=9090)
+        if self.gateway.launch is None:
+            return
         launch = self.gateway.launch(self.program, place, [stage], self.pace)
         words = [Path(word).name if word.startswith("/") else word for word in launch.command]
         env = [f"{name}={value}" for name, value in launch.env.items()]
@@ -173,6 +175,11 @@ class _Exam:
     @asynccontextmanager
     async def _running(self, group: Sequence[Stage]) -> AsyncIterator[None]:
         """A process of the gateway in front of the engines of *group*, warm."""
+        if self.gateway.launch is None:
+            for stage in group:
+                stage.port = stage.primary.port
+            yield
+            return
         self._processes += 1
         own = self.folder / f"{self.gateway.name}-{self._processes}"
         own.mkdir()
@@ -232,6 +239,13 @@ async def _warm_up(stage: Stage, process: Process, log: Path) -> None:
             stage.told.clear()
             return
         await trio.sleep(0.05)
+
+
+def _first(problems: BaseExceptionGroup[Unavailable]) -> str:
+    problem: BaseException = problems
+    while isinstance(problem, BaseExceptionGroup):
+        problem = problem.exceptions[0]
+    return str(problem)
 
 
 def _check_runs(process: Process, log: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.scenarios.gateways import CITADEL
-from tests.scenarios.judging import PASS
+from tests.scenarios.judging import Grade
 from tests.scenarios.runner import Card, run
 from tests.scenarios.scenario import SCENARIOS
 
@@ -34,4 +34,4 @@ def test_all_were_played(card: Card) -> None:
 def test_passes(card: Card, name: str) -> None:
     result = next(result for result in card.results if result.scenario.id == name)
 
-    assert result.verdict == PASS, result.played
+    assert result.verdict.grade is Grade.PASS, result.verdict.why
