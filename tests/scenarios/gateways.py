@@ -9,13 +9,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
+import trio
 from bench.peers import GATEWAYS, KEY, Launch
 
+from tests.scenarios.reference import serve_reference
 from tests.scenarios.scenario import CLOCKS, Stage
 
 
@@ -33,9 +35,13 @@ class Place:
         return str(file)
 
 
+def _given_port(place: Place, _: str) -> int:
+    return place.port
+
+
 @attrs.frozen(kw_only=True)
 class Gateway:
-    """:param launch: `None` if there is no gateway at all.
+    """:param inside: serves a scenario in this process instead; the port.
     :param stages_each: how many scenarios one process serves, each with models of its own.
     :param processes: how many processes run at once.
     :param at_once: how many scenarios are played at once with one process.
@@ -45,12 +51,13 @@ class Gateway:
     name: str
     requirement: str
     install: Callable[[str], tuple[str, str]]
-    launch: Callable[[str, Place, Sequence[Stage], float], Launch] | None
+    launch: Callable[[str, Place, Sequence[Stage], float], Launch] | None = None
+    inside: Callable[[Stage, trio.Nursery], Awaitable[int]] | None = None
     note: str
     stages_each: int
     processes: int
     at_once: int
-    find_port: Callable[[Place, str], int | None]
+    find_port: Callable[[Place, str], int | None] = _given_port
 
 
 _FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.5, 8.0  # LiteLLM's defaults in seconds, to be shrunk
@@ -183,26 +190,32 @@ def _launch_sglang(program: str, place: Place, stages: Sequence[Stage], pace: fl
     return Launch(command=command)
 
 
-def _given_port(place: Place, _: str) -> int:
-    return place.port
+_PEERS = {gateway.name: gateway for gateway in GATEWAYS}
 
 
 def _nothing(_: str) -> tuple[str, str]:
     return "", ""
 
 
-_PEERS = {gateway.name: gateway for gateway in GATEWAYS}
+async def _faulty_engine(stage: Stage, _: trio.Nursery) -> int:
+    return stage.primary.port
+
 
 DIRECT = Gateway(
     name="no gateway",
     requirement="",
     install=_nothing,
-    launch=None,
+    inside=_faulty_engine,
     note="The client asks the faulty engine itself, once.",
     stages_each=100,
     processes=2,
     at_once=100,
-    find_port=_given_port,
+)
+REFERENCE = attrs.evolve(
+    DIRECT,
+    name="reference",
+    inside=serve_reference,
+    note="Does it right, for as much as one request needs.",
 )
 CITADEL = Gateway(
     name="citadel",
@@ -229,7 +242,6 @@ LITELLM = Gateway(
     stages_each=100,
     processes=2,
     at_once=8,
-    find_port=_given_port,
 )
 SGLANG = Gateway(
     name="sglang-router",
@@ -243,5 +255,4 @@ SGLANG = Gateway(
     stages_each=1,
     processes=4,
     at_once=1,
-    find_port=_given_port,
 )

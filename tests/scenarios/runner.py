@@ -175,11 +175,14 @@ class _Exam:
     @asynccontextmanager
     async def _running(self, group: Sequence[Stage]) -> AsyncIterator[None]:
         """A process of the gateway in front of the engines of *group*, warm."""
-        if self.gateway.launch is None:
-            for stage in group:
-                stage.port = stage.primary.port
-            yield
+        if self.gateway.inside is not None:
+            async with trio.open_nursery() as nursery:
+                for stage in group:
+                    stage.port = await self.gateway.inside(stage, nursery)
+                yield
+                nursery.cancel_scope.cancel(reason="the scenarios are over")
             return
+        assert self.gateway.launch is not None
         self._processes += 1
         own = self.folder / f"{self.gateway.name}-{self._processes}"
         own.mkdir()

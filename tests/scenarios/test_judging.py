@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.scenarios.client import End, Told
-from tests.scenarios.gateways import DIRECT
+from tests.scenarios.gateways import DIRECT, REFERENCE
 from tests.scenarios.judging import PASS, Grade, Verdict, refused, served, worst
 from tests.scenarios.runner import run
 from tests.scenarios.scenario import SCENARIOS
@@ -162,3 +162,12 @@ def test_without_a_gateway_hardly_anything_passes() -> None:
     assert by_grade[Grade.PASS] == {"S13"}
     assert by_grade[Grade.PARTIAL] == {"S09", "S10", "S11"}
     assert by_grade[Grade.FAIL] == set()
+
+
+def test_what_hardly_any_gateway_passes_can_be_passed() -> None:
+    hard = ["S05", "S06", "S07", "S08", "S09", "S10", "S11", "S14", "X01", "X02"]
+
+    card = run(REFERENCE, only=hard, pace=0.05)
+
+    assert {r.scenario.id: r.verdict.why for r in card.results} == dict.fromkeys(hard, "")
+    assert {r.verdict.grade for r in card.results} == {Grade.PASS}
