@@ -8,7 +8,7 @@ from tests.scenarios.client import Told
 from tests.scenarios.engines import Mortal
 from tests.scenarios.judging import PASS, Grade, Verdict, refused, worst
 from tests.scenarios.scenario import STREAMED, Shape, Stage, scenario
-from tests.scenarios.speech import first, hangs, in_turn, is_silent, refuses
+from tests.scenarios.speech import errs_politely, first, hangs, in_turn, is_silent, refuses
 
 _REQUESTS = 100
 _APART = 0.04  # real seconds
@@ -51,7 +51,7 @@ async def _kill_while_thinking(stage: Stage) -> None:
 
 @scenario(
     "X02", "kill -9 of the engine while it reads the prompt",
-    primary=Mortal(gap=0.001, think=0.7), together=True, play=_kill_while_thinking,
+    primary=Mortal(gap=0.001, think=0.4), together=True, play=_kill_while_thinking,
 )  # fmt: skip
 def killed_while_thinking(stage: Stage) -> Verdict:
     """The other engine's whole answer; the client notices nothing."""
@@ -153,6 +153,12 @@ def client_leaves_a_stream(stage: Stage) -> Verdict:
 def client_leaves_a_whole_answer(stage: Stage) -> Verdict:
     """The engine is let go within a quarter second, though it has not said anything yet."""
     return _freed(stage)
+
+
+@scenario("X08", "an error inside a 200", primary=errs_politely)
+def error_in_a_200(stage: Stage) -> Verdict:
+    """The fallback's whole answer within 30 s; the error does not reach the client."""
+    return stage.in_time(stage.served)
 
 
 def _freed(stage: Stage) -> Verdict:

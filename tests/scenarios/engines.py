@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
@@ -30,6 +31,7 @@ _ABOUT = (
     "/model_info",
 )
 _STARTS_WITHIN = 20.0
+_ROOT = Path(__file__).parents[2]
 
 
 class Upstream(Protocol):
@@ -200,7 +202,7 @@ def _entry(told: dict[str, Any]) -> LedgerEntry:
 async def mortal_engine(name: str, kind: Mortal) -> AsyncIterator[MortalEngine]:
     command = [sys.executable, "-m", "tests.scenarios.engines", "--name", name]
     command += ["--gap", str(kind.gap), "--think", str(kind.think)]
-    process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+    process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, cwd=_ROOT)
     engine = MortalEngine(process)
     async with trio.open_nursery() as nursery:
         try:

@@ -110,9 +110,12 @@ class _Answer:
 
     def _says_nothing(self, data: str) -> bool:
         try:
-            (choice,) = json.loads(data)["choices"]
+            event = json.loads(data)
         except ValueError:
             return True
+        if "error" in event:
+            raise _Broken
+        (choice,) = event["choices"]
         return not choice["delta"].get("content") and not choice["finish_reason"]
 
     async def _pass_on(self, event: dict[str, Any]) -> None:
@@ -135,5 +138,7 @@ class _Answer:
         await self.stream.send_all(b"%x\r\n%b\r\n" % (len(event), event))
 
     async def _pass_on_whole(self, body: bytes) -> None:
+        if "error" in json.loads(body):
+            raise _Refused
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
         await self.stream.send_all(head % len(body) + body)

@@ -198,6 +198,16 @@ def babbles(after: int) -> Behaviour:
     return behave
 
 
+def errs_politely(heard: Heard) -> Script:
+    """An error in a 200: the body of a whole answer, or the first event that says anything."""
+    error = _dump(
+        {"error": {"message": "out of memory", "type": "InternalServerError", "code": 500}}
+    )
+    if not heard.streamed:
+        return status(200, error)
+    return Script([*_opening(heard), _event(error), _event(b"[DONE]"), send(_END)])
+
+
 def forgets_done(heard: Heard) -> Script:
     """Everything but the closing `[DONE]`."""
     return Script([*_opening(heard), *_words(heard), *_ending(heard, done=False)])
