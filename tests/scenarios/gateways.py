@@ -223,7 +223,7 @@ CITADEL = Gateway(
     install=_PEERS["citadel"].install,
     launch=_launch_citadel,
     note="One key; breaker, health checks, clocks and fallbacks as the scenarios' baseline says; "
-    "all else at its defaults.",
+    "a rate limit that is never reached; all else at its defaults.",
     stages_each=8,
     processes=8,
     at_once=30,
@@ -237,8 +237,9 @@ LITELLM = Gateway(
     note="One worker. Two retries, `fallbacks` and `context_window_fallbacks` for every model, "
     "`allowed_fails` and `cooldown_time`; `timeout` and `stream_timeout` of 10 s for each attempt "
     "rather than 30, and no retry after a timeout (`retry_policy`), so that a fallback can still "
-    "be asked within 30 s. Where two engines serve one model, both are deployments of it, and "
-    "the second is its fallback, too, which a cut stream needs.",
+    "be asked within 30 s: that is for S06, and in S07 it cuts what would come late. Where two "
+    "engines serve one model, both are deployments of it, and the second is its fallback, too, "
+    "which a cut stream needs.",
     stages_each=100,
     processes=2,
     at_once=8,
@@ -251,7 +252,8 @@ SGLANG = Gateway(
     note="It has no fallback models, so both engines are always workers of one pool, and a "
     "request is repeated until the faulty one has been asked. Three attempts, breaker and health "
     "checks as the baseline says, in whole seconds rounded up, as it takes no others; "
-    "`--request-timeout-secs` is 10, so that a second attempt fits into 30 s.",
+    "`--request-timeout-secs` is 10, so that a second attempt fits into 30 s: that is for S06, and "
+    "in S07 it cuts what would come late.",
     stages_each=1,
     processes=4,
     at_once=1,

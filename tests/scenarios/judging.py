@@ -89,8 +89,8 @@ def refused(told: Told) -> Verdict:
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """The worst of *verdicts*, with the reasons of all that are as bad, each once."""
-    found = list(verdicts)
-    grade = max((verdict.grade for verdict in found), default=Grade.PASS)
+    found = list(verdicts) or [Verdict(Grade.FAIL, "not played")]
+    grade = max(verdict.grade for verdict in found)
     reasons = [verdict.why for verdict in found if verdict.grade is grade and verdict.why]
     notes = [verdict.note for verdict in found if verdict.note]
     return Verdict(grade, "; ".join(dict.fromkeys(reasons)), "; ".join(dict.fromkeys(notes)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.scenarios.judging import Grade
 from tests.scenarios.runner import Card, Played, Result
 from tests.scenarios.scenario import CLOCKS, SCENARIOS, Scenario
 
+_MANY = 20
 _NAMES = {"citadel": "this gateway"}
 
 
@@ -49,14 +51,14 @@ def _asked(played: Played) -> str:
 
 
 def markdown(cards: Sequence[Card], *, pace: float, date: str, machine: dict[str, Any]) -> str:
-    names = [name for name in SCENARIOS if any(_of(card, name) for card in cards)]
+    names = [name for name in sorted(SCENARIOS) if any(_of(card, name) for card in cards)]
     head = ["", "scenario", *(f"{title(card)} {card.version}".rstrip() for card in cards)]
     lines = [
         "# When engines fail",
         "",
         f"{date}, {machine['cores']} cores of {machine['cpu']}, Python {machine['python']}. "
-        "`python -m tests.scenarios --peers --write` makes this page; everything that was seen is "
-        "in [scenarios.json](scenarios.json).",
+        "`make scenarios` makes this page; everything that was seen is in "
+        "[scenarios.json](scenarios.json).",
         "",
         "S01 to S16 are our own version of the sixteen scenarios of the field's public failure "
         "benchmark, written from their description; X01 and on are ours. Each is two scripted "
@@ -184,10 +186,20 @@ def _result(result: Result) -> dict[str, Any]:
                 "why": played.verdict.why,
                 "faulty_engine_asked": played.asked[0],
                 "other_asked": played.asked[1],
-                "told": [_told(told) for told in played.told],
+                **_tellings(played.told),
             }
             for played in result.played
         ],
+    }
+
+
+def _tellings(told: Sequence[Told]) -> dict[str, Any]:
+    """Each of them, or their sum where there are many."""
+    if len(told) <= _MANY:
+        return {"told": [_told(one) for one in told]}
+    return {
+        "ends": dict(Counter(one.end.value for one in told)),
+        "slowest": round(max(one.seconds for one in told), 3),
     }
 
 

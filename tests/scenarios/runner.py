@@ -82,7 +82,7 @@ def run(
     folder: Path | None = None,
 ) -> Card:
     """Play the scenarios called *only*, all by default.  Logs are kept in *folder*, if given."""
-    names = list(only) or list(SCENARIOS)
+    names = list(only) or sorted(SCENARIOS)
     began, card = time.monotonic(), Card(gateway=gateway)
     try:
         program, card.version = gateway.install(gateway.requirement)
@@ -193,19 +193,25 @@ class _Exam:
         with ExitStack() as stack:
             process = stack.enter_context(running(launch.command, env=launch.env, log=log))
             try:
-                with trio.fail_after(_STARTS_WITHIN):
-                    port = await self._find_port(place, log, process)
-                    async with trio.open_nursery() as nursery:
-                        for stage in group:
-                            stage.port = port
-                            nursery.start_soon(_warm_up, stage, process, log)
+                await self._start(group, place, log, process)
                 yield
-            except trio.TooSlowError:
-                raise Unavailable(f"{self.gateway.name} does not answer: {_last(log)}") from None
             finally:
                 # Ending takes some programs seconds, in which others are still being played.
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(stack.close)
+
+    async def _start(
+        self, group: Sequence[Stage], place: Place, log: Path, process: Process
+    ) -> None:
+        """Wait until *process* listens and is warm.  Raises `Unavailable`."""
+        with trio.move_on_after(_STARTS_WITHIN):
+            port = await self._find_port(place, log, process)
+            async with trio.open_nursery() as nursery:
+                for stage in group:
+                    stage.port = port
+                    nursery.start_soon(_warm_up, stage, process, log)
+            return
+        raise Unavailable(f"{self.gateway.name} does not answer: {_last(log)}")
 
     async def _find_port(self, place: Place, log: Path, process: Process) -> int:
         while True:

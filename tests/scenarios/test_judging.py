@@ -96,6 +96,7 @@ def test_the_worst_of_several_counts_with_all_its_reasons() -> None:
 
     assert worst(found) == Verdict(Grade.SAFE, "a; c")
     assert worst([PASS, PASS]) == PASS
+    assert worst([]).grade is Grade.FAIL
 
 
 def test_a_lesser_fault_neither_mends_nor_blurs_a_greater_one() -> None:
