@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from tests.scenarios.client import Told
 from tests.scenarios.engines import Mortal
 from tests.scenarios.judging import PASS, Grade, Verdict, refused, worst
 from tests.scenarios.scenario import STREAMED, Shape, Stage, scenario
-from tests.scenarios.speech import errs_politely, first, hangs, in_turn, is_silent, refuses
+from tests.scenarios.sixteen import ask_through_an_outage, judge_outage
+from tests.scenarios.speech import errs_politely, first, hangs, in_turn, is_silent, refuses, speaks
 
 _REQUESTS = 100
 _APART = 0.04  # real seconds
@@ -74,6 +77,10 @@ def full_outage(stage: Stage) -> Verdict:
     """Every client gets an error status within 30 s. All engines together are asked no more often
     than 1.25 times for each request, and 3 times a second on top, of which ten seconds' worth may
     come at once."""
+    return _is_cheap(stage)
+
+
+def _is_cheap(stage: Stage) -> Verdict:
     took = max(told.ended for told in stage.told) - stage.told[0].began
     most = _BUDGET * len(stage.told) + _FLOOR * max(took, _LOOKS_BACK)
     verdict = stage.in_time(worst(refused(told) for told in stage.told))
@@ -159,6 +166,27 @@ def client_leaves_a_whole_answer(stage: Stage) -> Verdict:
 def error_in_a_200(stage: Stage) -> Verdict:
     """The fallback's whole answer within 30 s; the error does not reach the client."""
     return stage.in_time(stage.served)
+
+
+_NO_KEY = refuses(401, "wrong key", kind="invalid_request_error", name="invalid_api_key")
+
+
+@scenario(
+    "X09", "no engine takes the gateway's key, 100 requests in 4 s",
+    primary=_NO_KEY, backup=_NO_KEY, shapes=(Shape.WHOLE,), alone=True, play=_ask_in_an_outage,
+)  # fmt: skip
+def wrong_key_everywhere(stage: Stage) -> Verdict:
+    """As X03, where no breaker helps, since the engines are well."""
+    return _is_cheap(stage)
+
+
+@scenario(
+    "X10", "only 500s for 60 s, while the health route says all is well",
+    primary=speaks, shapes=(Shape.WHOLE,), play=partial(ask_through_an_outage, silently=True),
+)  # fmt: skip
+def silent_outage(stage: Stage) -> Verdict:
+    """As S15, where no health check helps."""
+    return judge_outage(stage)
 
 
 def _freed(stage: Stage) -> Verdict:

@@ -64,7 +64,7 @@ class Engine:
     scripted: ScriptedEngine = attrs.field(init=False)
     _begun_at: int | None = attrs.field(default=None, init=False)
     _heard: int = attrs.field(default=0, init=False)
-    _is_down: bool = attrs.field(default=False, init=False)
+    _trouble: Script | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.scripted = ScriptedEngine(default=self._answer, routes=_routes(self.name))
@@ -83,18 +83,21 @@ class Engine:
         """Serve for the nursery's life."""
         self.port = await _listen(self.scripted, nursery)
 
-    def go_down(self) -> None:
-        """Refuse everything, also to say how it is, with status 503."""
-        self._is_down = True
-        self.scripted.routes = dict.fromkeys(self.scripted.routes, _DOWN)
+    def go_down(self, *, silently: bool = False) -> None:
+        """Refuse everything with status 503, or *silently*, so that its health route is none the
+        wiser, all requests with status 500.
+        """
+        self._trouble = _BROKEN if silently else _DOWN
+        if not silently:
+            self.scripted.routes = dict.fromkeys(self.scripted.routes, _DOWN)
 
     def come_back(self) -> None:
-        self._is_down = False
+        self._trouble = None
         self.scripted.routes = _routes(self.name)
 
     def _answer(self, entry: LedgerEntry) -> Script:
-        if self._is_down:
-            return _DOWN
+        if self._trouble is not None:
+            return self._trouble
         if self._begun_at is None:
             return speaks(Heard.of(entry, name=self.name, nth=1, pace=self.pace))
         self._heard += 1
@@ -102,7 +105,9 @@ class Engine:
         return self.behaviour(heard)
 
 
-_DOWN = status(503, b'{"error":{"message":"down","type":"server_error","param":null,"code":null}}')
+_ERROR = b'{"error":{"message":"down","type":"server_error","param":null,"code":null}}'
+_DOWN = status(503, _ERROR)
+_BROKEN = status(500, _ERROR)
 
 
 async def _listen(engine: ScriptedEngine, nursery: trio.Nursery) -> int:

@@ -23,7 +23,7 @@ from tests.scenarios.scenario import SCENARIOS, Scenario, Shape, Stage
 PACE = 0.1
 _STARTS_WITHIN = 120.0
 _SETTLES = 0.2  # seconds, for what the last client has set off
-_LONGEST = ("S15", "X03", "X04", "X05", "S06", "S09")  # begin with these
+_LONGEST = ("S15", "X10", "X03", "X09", "X04", "X05", "S06", "S09")  # begin with these
 
 
 @attrs.frozen(kw_only=True)

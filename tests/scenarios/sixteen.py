@@ -157,7 +157,7 @@ def cut_without_prefill(stage: Stage) -> Verdict:
     return stage.in_time(stage.served)
 
 
-async def _through_an_outage(stage: Stage) -> None:
+async def ask_through_an_outage(stage: Stage, *, silently: bool = False) -> None:
     """Requests on a grid; one that is late is sent as soon as the last one has ended."""
     began = trio.current_time()
 
@@ -165,7 +165,7 @@ async def _through_an_outage(stage: Stage) -> None:
         await trio.sleep(stage.seconds(_OUTAGE))
         stage.engine.come_back()
 
-    stage.engine.go_down()
+    stage.engine.go_down(silently=silently)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(come_back)
         for number in range(_REQUESTS):
@@ -175,11 +175,15 @@ async def _through_an_outage(stage: Stage) -> None:
 
 @scenario(
     "S15", "down for 60 s, 20 requests 4 s apart",
-    primary=speaks, shapes=(Shape.WHOLE,), play=_through_an_outage,
+    primary=speaks, shapes=(Shape.WHOLE,), play=ask_through_an_outage,
 )  # fmt: skip
 def outage(stage: Stage) -> Verdict:
     """Every answer whole and within 30 s. The engine that is down is asked three times, until its
     breaker opens, and then once for each 15 s that the breaker rests: seven times at most."""
+    return judge_outage(stage)
+
+
+def judge_outage(stage: Stage) -> Verdict:
     down_until = stage.told[0].began + stage.seconds(_OUTAGE)
     attempts = sum(post.received_at < down_until for post in stage.primary.posts)
     most = CLOCKS.failures + math.ceil(_OUTAGE / CLOCKS.rest)
