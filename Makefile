@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo demo-llm test format lint types unit bench bench-instructions tools clean
+.PHONY: demo demo-llm test format lint types unit scenarios bench bench-instructions tools clean
 
 # The stamp is remade when the dependencies change, so that a second `make` starts at once.
 $(VENV)/installed: pyproject.toml
@@ -38,6 +38,10 @@ types: $(VENV)/installed
 
 unit: $(VENV)/engine
 	$(BIN)/pytest -q
+
+# When engines fail, with this gateway and with others, in real seconds: about eight minutes.
+scenarios: $(VENV)/installed
+	$(BIN)/python -m tests.scenarios --peers --write --pace 1
 
 # Side by side with other gateways, about ten minutes; each gets an environment in .peers/ by itself.
 # ROUNDS=1 for a quick look.  nginx, if it is to take part, from the system.

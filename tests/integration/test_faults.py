@@ -520,6 +520,18 @@ async def test_another_endpoint_is_asked_rather_than_the_one_that_hung_up(
     assert len(world.posts) == 2 + 2
 
 
+async def test_the_fallback_is_asked_rather_than_the_endpoint_that_hung_up(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_gateway(gateway_for("fallback")) as world:
+        await world.ask("m")
+        world.engines["bad"].default = Script([engines.close()])
+        response = await world.ask("m")
+
+    assert (response.status, response.header("x-citadel-attempts")) == (200, "2")
+    assert [len(engine.posts) for engine in world.engines.values()] == [1 + 1, 1]
+
+
 async def test_that_repetition_is_the_only_one(autojump_clock: MockClock) -> None:
     async with running_gateway(gateway_for("alone")) as world:
         await world.ask("m")

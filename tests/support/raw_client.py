@@ -93,8 +93,9 @@ class RawClient(trio.abc.AsyncResource):
             if piece or self._framing.finished or not await self._fill():
                 return piece
 
-    def read_events(self) -> Events:
-        return Events(self)
+    def read_events(self, head: RawResponse | None = None) -> Events:
+        """`head` is the response's, if it has been read already."""
+        return Events(self, head)
 
     async def reset(self) -> None:
         await reset_stream(self.stream)
@@ -123,9 +124,9 @@ class Events(AsyncIterator[str]):
     An iterator rather than a generator, so that a test may walk away from it.
     """
 
-    def __init__(self, client: RawClient) -> None:
+    def __init__(self, client: RawClient, head: RawResponse | None = None) -> None:
         self._client = client
-        self._head: RawResponse | None = None
+        self._head = head
         self._body = bytearray()
         self._unread = bytearray()
         self._data: list[str] = []

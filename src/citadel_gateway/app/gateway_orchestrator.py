@@ -231,12 +231,14 @@ class GatewayOrchestrator:
         """A connection that had been idle is dead: no fault of the request, nor of the endpoint.
 
         It may have been executed all the same, so it is repeated once: elsewhere if that can be
-        afforded, else over a new connection to the same endpoint.
+        afforded, else over a new connection to the same endpoint.  Elsewhere is also the fallback:
+        an engine that resets every request looks like this for as long as there are connections.
         """
         if not self._may_repeat(journey):
             return False
         tried = {*journey.tried, upstream.endpoint}
-        if journey.group.is_any_left(tried, now) and self.budget.withdraw(now):
+        elsewhere = bool(journey.groups) or journey.group.is_any_left(tried, now)
+        if elsewhere and self.budget.withdraw(now):
             journey.tried = tried
         journey.needs_fresh = True
         journey.aim()
