@@ -4,7 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo demo-llm test format lint types unit bench bench-instructions tools clean
+SEEDS ?= 1000
+
+.PHONY: demo demo-llm test format lint types unit sim bench bench-instructions tools clean
 
 # The stamp is remade when the dependencies change, so that a second `make` starts at once.
 $(VENV)/installed: pyproject.toml
@@ -38,6 +40,11 @@ types: $(VENV)/installed
 
 unit: $(VENV)/engine
 	$(BIN)/pytest -q
+
+# The whole gateway in simulated time: every seed is another configuration, fleet and crowd.
+# SEEDS=10000 for a long run; `python -m tests.sim --seed N` replays one that failed.
+sim: $(VENV)/installed
+	$(BIN)/python -m tests.sim --seeds 0..$(SEEDS)
 
 # Side by side with other gateways, about ten minutes; each gets an environment in .peers/ by itself.
 # ROUNDS=1 for a quick look.  nginx, if it is to take part, from the system.
