@@ -169,7 +169,7 @@ class Client:
         return self._raw
 
     async def _send(self, raw: RawClient, seen: Seen) -> bool:
-        """False when the client has left before all was sent."""
+        """False when the client has left."""
         ask, data = seen.plan, _encode(seen.plan)
         match ask.habit:
             case Habit.LEAVES_IN_BODY:
@@ -185,7 +185,7 @@ class Client:
                     try:
                         await raw.send(data[at : at + piece])
                     except trio.BrokenResourceError:
-                        break  # it was too slow, and there may be an answer that says so
+                        return True  # it was too slow, and there may be an answer that says so
             case _:
                 await raw.send(data)
         seen.sent = trio.current_time()

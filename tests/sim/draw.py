@@ -69,7 +69,15 @@ class Habit(enum.Enum):
 
 @attrs.frozen(kw_only=True)
 class HostPlan:
-    """One engine.  :param faulty: the share of jobs that go wrong, by kind, with weights."""
+    """One engine.
+
+    :param direct: the gateway sees the socket, as with plain TCP.
+    :param latency: seconds until a connection is up; *think* until an answer begins; *gap* between
+        events.
+    :param badness: the share of jobs that go wrong, in one of the ways of *faults*.
+    :param refuses_usage: it does not know ``stream_options``.
+    :param troubles: when, for how long, and what befalls the engine as a whole.
+    """
 
     host: str
     model: str
@@ -80,6 +88,7 @@ class HostPlan:
     think: float
     gap: float
     badness: float
+    refuses_usage: bool
     faults: tuple[JobFault, ...]
     troubles: tuple[tuple[float, float, HostFault], ...]
 
@@ -186,6 +195,7 @@ class _Draw:
             think=rng.choice([0.01, 0.1, 0.3, 1.0]),
             gap=rng.choice([0.0, 0.0, 0.02, 0.2, 0.5]),
             badness=badness,
+            refuses_usage=rng.random() < 0.1,
             faults=tuple(rng.sample(kinds, rng.randint(1, len(kinds)))),
             troubles=self.troubles(length),
         )

@@ -14,7 +14,7 @@ import trio
 from citadel_gateway.io.dial import Origin
 from tests.sim.draw import HostFault, HostPlan, JobFault
 from tests.sim.history import History
-from tests.sim.scripts import End, Hang, Order, Part, Pause, Say, Script, script
+from tests.sim.scripts import End, Hang, Order, Part, Pause, Say, Script, refuses_usage, script
 from tests.sim.speech import Event, Said
 from tests.sim.wires import GatewayEnd, Wire, wire_pair
 from tests.support.raw_client import parse_head, take_until
@@ -24,12 +24,14 @@ from tests.support.raw_client import parse_head, take_until
 class Job:
     """One request that an engine received: what it was, what became of it, and when.
 
+    :param serial: tells which of two jobs of one instant was first.
     :param reused: over a connection that had carried another one before.
     :param events: sent, and complete.
     :param body: the whole answer, once it was sent; none of a stream.
     """
 
     name: str
+    serial: int
     host: str
     request_id: str
     stream: bool
@@ -39,6 +41,7 @@ class Job:
     began: float
     script: Script
     fault: JobFault | None
+    refused_usage: bool
     ended: float | None = None
     end: End | None = None
     spoke: bool = False
@@ -218,10 +221,12 @@ class Engine:
         if rng.random() < 0.5:
             think *= rng.random() * 2
             gap *= rng.random() * 2
+        refused = self.plan.refuses_usage and "stream_options" in asked
         if self.healed:
             think, gap = min(think, 0.05), 0.0
         job = Job(
             name=name,
+            serial=len(self.history),
             host=self.plan.host,
             request_id=request_id,
             stream=order.stream,
@@ -229,8 +234,9 @@ class Engine:
             choices=order.choices,
             reused=reused,
             began=trio.current_time(),
-            script=script(order, fault, think, gap, rng),
+            script=refuses_usage() if refused else script(order, fault, think, gap, rng),
             fault=fault,
+            refused_usage=refused,
         )
         self.jobs.append(job)
         self._note(f"{name} begins {request_id}" + (f": {fault.value}" if fault else ""))

@@ -331,7 +331,7 @@ def retries_stay_within_their_budget(run: Run) -> Iterator[str]:
         before.ended
         for jobs in _by_request(run).values()
         for before, _ in pairwise(jobs)
-        if before.ended is not None and not _is_stale(before)
+        if before.ended is not None and not (_is_stale(before) or before.refused_usage)
     )
     arrivals = sorted(when - duration for when, duration, _ in _finished(run))
     for place, at in enumerate(retries):
@@ -345,11 +345,11 @@ def retries_stay_within_their_budget(run: Run) -> Iterator[str]:
 
 @invariant
 def nobody_is_asked_twice(run: Run) -> Iterator[str]:
-    """A retry goes elsewhere, unless a stale connection is to blame."""
+    """A retry goes elsewhere, unless the last one was no fault of the endpoint."""
     for name, jobs in _by_request(run).items():
         hosts = {jobs[0].host}
         for before, job in pairwise(jobs):
-            if job.host in hosts and not _is_stale(before):
+            if job.host in hosts and not (_is_stale(before) or before.refused_usage):
                 yield f"{name} came to {job.host} once more: {[job.name for job in jobs]}"
             hosts.add(job.host)
 
@@ -407,7 +407,7 @@ def endpoints_come_back(run: Run) -> Iterator[str]:
 def all_is_well_once_engines_are(run: Run) -> Iterator[str]:
     if run.healed_at is None or run.rest is None:
         return
-    excused = {"rate_limit_exceeded", "queue_full", "queue_timeout"}
+    excused = {"rate_limit_exceeded", "queue_full", "queue_timeout", "too_many_connections"}
     if run.to_be_probed or _late_trips(run):
         excused.add("no_healthy_backend")  # one at a time; or old failures were enough to judge
     for seen in run.seen:
@@ -430,6 +430,19 @@ def refusals_are_explained(run: Run) -> Iterator[str]:
             yield f"{seen.id} was refused with {seen.response.body!r}"
         if seen.status in {429, 503} and seen.response.header("retry-after") is None:
             yield f"{seen.id} was refused with {seen.status}, and not told when to return"
+
+
+@invariant
+def stopping_loses_nothing(run: Run) -> Iterator[str]:
+    """Who has asked before is answered, within the time there is; who comes later may find none."""
+    patience = run.config["service"]["drain_timeout"]
+    began = math.inf if run.drained_at is None else run.drained_at
+    for when, _, line in _finished(run):
+        if line["outcome"] == "draining" and when < began + patience - _SAME:
+            yield f"{line['request_id']} was cut {began + patience - when:g} s too early"
+    for seen in run.seen:
+        if seen.fate is Fate.UNREACHED and seen.began < began:
+            yield f"{seen.id} found nobody before the gateway was told to stop"
 
 
 @invariant
@@ -477,7 +490,7 @@ def _outcomes(run: Run) -> dict[str, str]:
 def _by_request(run: Run) -> dict[str, list[Job]]:
     """The jobs of each request, in their order."""
     found: dict[str, list[Job]] = defaultdict(list)
-    for job in sorted(run.fleet.jobs, key=lambda job: job.began):
+    for job in sorted(run.fleet.jobs, key=lambda job: job.serial):
         found[job.request_id].append(job)
     return found
 
@@ -502,9 +515,11 @@ def _is_refused_by_server(seen: Seen) -> bool:
 
 def _may_get_nothing(run: Run, seen: Seen, *, logged: bool) -> bool:
     """A kept connection may be closed just as it is used again, and everything ends in the end."""
-    if run.drained_at is not None and seen.ended >= run.drained_at:
-        return True
-    return not logged and not seen.first_on_connection
+    if logged:
+        return False
+    sent = math.inf if seen.sent is None else seen.sent
+    is_late = run.drained_at is not None and sent >= run.drained_at
+    return is_late or not seen.first_on_connection
 
 
 def _disagreement(run: Run, seen: Seen, outcome: str, when: float) -> str | None:
@@ -570,7 +585,9 @@ def _is_stale(job: Job) -> bool:
 
 def _is_certainly_not_executed(job: Job) -> bool:
     return job.end is End.REFUSED and (
-        job.script.status in {401, 403, 404, 408, 429, 503} or job.fault is JobFault.ERROR_IN_200
+        job.script.status in {401, 403, 404, 408, 429, 503}
+        or job.fault is JobFault.ERROR_IN_200
+        or job.refused_usage
     )
 
 

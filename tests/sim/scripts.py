@@ -118,6 +118,12 @@ def script(
     return _whole(order, fault, thinking, gap, rng)
 
 
+def refuses_usage() -> Script:
+    """What engines say that do not know ``stream_options``."""
+    body = b'{"error": {"message": "stream_options: extra fields not permitted"}}'
+    return Script(steps=(Say(_sized(400, body), end=End.REFUSED),), status=400)
+
+
 def _refusal(thinking: tuple[Step, ...], rng: random.Random) -> Script:
     status, wait = rng.choice(REFUSALS)
     body = b'{"error": {"message": "not now", "type": "server_error", "code": "not_now"}}'
@@ -228,7 +234,7 @@ def _events(
     events: list[Event], gap: float, rng: random.Random, *, chunked: bool, trickles: bool
 ) -> Iterator[Step]:
     """Mostly an event a chunk; sometimes several at once, or one in pieces."""
-    together = rng.random() < 0.25
+    together = not trickles and rng.random() < 0.25
     number = 0
     while number < len(events):
         size = rng.randint(1, 4) if together else 1
