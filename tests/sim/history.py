@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import attrs
 import trio
+
+
+_TRIO = str(Path(trio.__file__).parent)
 
 
 @attrs.define(eq=False)
@@ -34,13 +38,14 @@ class History:
 
 
 def task_tree() -> str:
-    """Every task of this event loop, and the innermost function that it waits in."""
+    """Every task of this event loop, and the innermost function that it waits in, but Trio's."""
     lines: list[str] = []
 
     def add(task: trio.lowlevel.Task, depth: int) -> None:
         place = ""
         for frame, line in task.iter_await_frames():
-            place = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{line})"
+            if not frame.f_code.co_filename.startswith(_TRIO):
+                place = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{line})"
         lines.append(f"{'  ' * depth}{task.name}: {place}")
         for nursery in task.child_nurseries:
             for child in sorted(nursery.child_tasks, key=lambda t: t.name):

@@ -347,11 +347,12 @@ def retries_stay_within_their_budget(run: Run) -> Iterator[str]:
 def nobody_is_asked_twice(run: Run) -> Iterator[str]:
     """A retry goes elsewhere, unless the last one was no fault of the endpoint."""
     for name, jobs in _by_request(run).items():
-        hosts = {jobs[0].host}
-        for before, job in pairwise(jobs):
-            if job.host in hosts and not (_is_stale(before) or before.refused_usage):
+        failed: set[str] = set()
+        for job in jobs:
+            if job.host in failed:
                 yield f"{name} came to {job.host} once more: {[job.name for job in jobs]}"
-            hosts.add(job.host)
+            if not (_is_stale(job) or job.refused_usage):
+                failed.add(job.host)
 
 
 @invariant

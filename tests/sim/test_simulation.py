@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
+import trio
 
+from citadel_gateway.app.client_response import ClientResponse
 from citadel_gateway.config.loader import parse
 from tests.sim.campaign import campaign, find
 from tests.sim.draw import draw
@@ -56,6 +61,31 @@ def test_what_is_drawn_is_a_valid_configuration(seed: int) -> None:
 @pytest.mark.parametrize("name", QUICKLY_FOUND)
 def test_a_planted_bug_is_found(name: str) -> None:
     assert find(name, QUICKLY_FOUND[name]) is not None
+
+
+async def _sleep_for_ever(*_: object) -> None:
+    await trio.sleep_forever()
+
+
+async def _spin(*_: object) -> None:
+    while True:
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("stuck", "complaint"),
+    [(_sleep_for_ever, "not over after"), (_spin, "an instant that does not end")],
+    ids=["sleeps", "spins"],
+)
+def test_a_run_that_does_not_end_is_ended_and_shows_its_tasks(
+    stuck: Callable[..., Any], complaint: str
+) -> None:
+    with mock.patch.object(ClientResponse, "whole", stuck):
+        run = simulate(1)
+
+    (problem,) = run.problems
+    assert problem.startswith(complaint)
+    assert stuck.__name__ in problem
 
 
 def test_there_is_nothing_to_complain_about_twice() -> None:
