@@ -51,6 +51,8 @@ class JobFault(enum.Enum):
     CLOSES = "closes behind it, in spite of keep-alive"
     ONLY_ROLES = "has events without content"
     UNTIL_CLOSE = "ends with the connection"
+    NO_BLANK_LINE = "ends with the connection, in the middle of its last line"
+    TOO_LONG = "refuses the prompt as too long"
 
 
 class Habit(enum.Enum):
@@ -174,7 +176,7 @@ class _Draw:
             hosts=tuple(hosts),
             clients=self.crowd(names, keys, length, config),
             length=length,
-            drains_at=self.moment(length / 3, length) if rng.random() < 0.1 else None,
+            drains_at=self.moment(length / 3, length) if rng.random() < 0.15 else None,
             send_buffer=rng.choice([4608, 8192, 65536]),
             reports=rng.random() < 0.05,
         )
@@ -183,7 +185,7 @@ class _Draw:
 
     def host(self, name: str, model: str, length: float) -> HostPlan:
         rng = self.rng
-        badness = rng.choice([0.0, 0.1, 0.2, 0.4, 0.7])
+        badness = rng.choice([0.0, 0.1, 0.3, 0.5, 0.8])
         kinds = list(JobFault)
         return HostPlan(
             host=name,
@@ -287,6 +289,7 @@ class _Draw:
             "upstream_model": rng.choice([name, f"org/{name}"]),
             "fallbacks": others[: rng.choice([0, 1, 1, 2])],
             "cost_per_request": rng.choice([1.0, 2.0, 10.0]),
+            "context_window": rng.choice([2000, 4000, 8000]),
             "timeouts": self.clocks(),
         }
 
@@ -384,14 +387,14 @@ class _Draw:
         if rng.random() < 0.1:
             body["store"] = True
         habit = Habit.PATIENT
-        if rng.random() < 0.35:
-            habit = rng.choice(list(Habit))
+        if rng.random() < 0.4:
+            habit = rng.choice([*Habit, Habit.LEAVES, Habit.LEAVES, Habit.LEAVES_AT_FIRST])
         return AskPlan(
             id=name,
             path=path,
             body=body,
             habit=habit,
-            after=self.moment(0, 4),
+            after=self.moment(0, rng.choice([0.3, 1.0, 4.0])),
             pause=rng.choice([0.0, 0.0, self.moment(0, 3)]),
             timeout=rng.choice([0.3, 1.0, 100.0]) if rng.random() < 0.1 else None,
             key=self.key(keys),

@@ -9,7 +9,6 @@ from pathlib import Path
 import attrs
 import trio
 
-
 _TRIO = str(Path(trio.__file__).parent)
 
 

@@ -586,7 +586,8 @@ def _is_stale(job: Job) -> bool:
 
 def _is_certainly_not_executed(job: Job) -> bool:
     return job.end is End.REFUSED and (
-        job.script.status in {401, 403, 404, 408, 429, 503}
+        job.fault is JobFault.TOO_LONG
+        or job.script.status in {401, 403, 404, 408, 429, 503}
         or job.fault is JobFault.ERROR_IN_200
         or job.refused_usage
     )

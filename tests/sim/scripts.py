@@ -96,6 +96,10 @@ def script(
     match fault:
         case JobFault.REFUSES:
             return _refusal(thinking, rng)
+        case JobFault.TOO_LONG:
+            error = b'{"error": {"message": "too long", "type": "exceed_context_size_error"}}'
+            said = Say(_sized(400, error), end=End.REFUSED)
+            return Script(steps=(*thinking, said), status=400)
         case JobFault.HANGS:
             return Script(steps=(Hang(),))
         case JobFault.CUTS if rng.random() < 0.3:
@@ -208,12 +212,17 @@ def _stream(
             behind = [Hang()]
         case JobFault.UNTIL_CLOSE:
             chunked, behind = False, [Part(End.ANSWERED)]
+        case JobFault.NO_BLANK_LINE:
+            events = events[:-1]  # without [DONE]
+            chunked, behind = False, [Part(End.ANSWERED)]
         case JobFault.CLOSES:
             behind = [Pause(gap), Part(End.ANSWERED)]
     steps: list[Step] = [Say(_stream_head(chunked))]
     if rng.random() < 0.3:
         steps.append(Pause(gap))
     steps += _events(events, gap, rng, chunked=chunked, trickles=fault is JobFault.TRICKLES)
+    if fault is JobFault.NO_BLANK_LINE and isinstance(last := steps[-1], Say):
+        steps[-1] = attrs.evolve(last, data=last.data[:-2])
     if (end is End.ANSWERED and behind != [Hang()]) or fault is JobFault.LINGERS:
         _end_with_last_event(steps)
     if chunked and (not behind or fault is JobFault.CLOSES):
