@@ -115,7 +115,7 @@ class Client:
                     await self._read(raw, seen)
             except (NoResponseError, trio.BrokenResourceError):
                 self._end(seen, Fate.NOTHING)
-            except ValueError as exc:
+            except (ValueError, IndexError) as exc:
                 seen.problem = f"an answer that is not HTTP: {exc}"
                 self._end(seen, Fate.CUT)
         if waiting.cancelled_caught and seen.fate is None:
@@ -145,6 +145,8 @@ class Client:
                 await self._read(raw, seen)
         except (NoResponseError, trio.BrokenResourceError):
             pass
+        except (ValueError, IndexError) as exc:
+            every[0].problem = f"answers that are not HTTP: {exc}"
         for seen in every:
             if seen.fate is None:
                 self._end(seen, Fate.NOTHING)

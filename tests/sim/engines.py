@@ -75,7 +75,6 @@ class Engine:
     """One engine behind the address *plan.host*.
 
     :param expects: the name of the model, as it has to be asked for here.
-    :param healing: once true, nothing goes wrong any more.
     """
 
     plan: HostPlan
@@ -88,6 +87,7 @@ class Engine:
     trouble: HostFault | None = attrs.field(default=None, init=False)
     healed: bool = attrs.field(default=False, init=False)
     dials: int = attrs.field(default=0, init=False)
+    lost: int = attrs.field(default=0, init=False)  # dials that failed, requests not looked at
     _connections: dict[int, _Connection] = attrs.field(factory=dict, init=False)
     _ends: list[GatewayEnd] = attrs.field(factory=list, init=False)
 
@@ -107,6 +107,7 @@ class Engine:
         """The gateway dials."""
         self.dials += 1
         number = self.dials
+        self.lost += 1
         await trio.sleep(self.plan.latency)
         match self.trouble:
             case HostFault.REFUSES | HostFault.DEAD:
@@ -115,6 +116,7 @@ class Engine:
             case HostFault.SILENT:
                 self._note("lets a connection hang")
                 await trio.sleep_forever()
+        self.lost -= 1
         gateway, wire = wire_pair(direct=self.plan.direct)
         connection = _Connection(number, wire)
         self._connections[connection.number] = connection
@@ -150,6 +152,7 @@ class Engine:
         finally:
             del self._connections[connection.number]
             connection.wire.close(reset=reset)
+            self.lost += connection.wire.dropped
 
     async def _converse(self, connection: _Connection) -> bool:
         """Whether the connection is to be reset in the end."""

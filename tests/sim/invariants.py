@@ -40,7 +40,13 @@ def invariant(check: Invariant) -> Invariant:
 
 def violations(run: Run) -> list[str]:
     """Everything that is wrong with *run*, each with the name of what it violates."""
-    return [f"{check.__name__}: {said}" for check in INVARIANTS for said in check(run)]
+    found: list[str] = []
+    for check in INVARIANTS:
+        try:
+            found += [f"{check.__name__}: {said}" for said in check(run)]
+        except Exception as exc:  # what was seen is of no kind that was thought of
+            found.append(f"{check.__name__}: cannot be told: {exc!r}")
+    return found
 
 
 @invariant
@@ -71,13 +77,15 @@ def answers_are_http(run: Run) -> Iterator[str]:
 @invariant
 def each_request_has_one_outcome(run: Run) -> Iterator[str]:
     """One line in the log for what reached the application; none for what did not."""
-    lines = Counter(line["request_id"] for _, line in _requests(run))
+    lines = Counter(line["request_id"] for _, _, line in _finished(run))
     for seen in run.seen:
         found = lines.pop(seen.id, 0)
         if found > 1:
             yield f"{seen.id} has {found} outcomes"
         elif found == 0 and seen.response is not None and not _is_refused_by_server(seen):
             yield f"{seen.id} was answered {seen.status}, and has no outcome"
+        elif found == 0 and seen.fate is Fate.LEFT and _was_there(run, seen):
+            yield f"{seen.id} was asked, and has no outcome"
         elif found == 0 and any(job.request_id == seen.id for job in run.fleet.jobs):
             yield f"{seen.id} was sent to an engine, and has no outcome"
         elif seen.fate is Fate.NOTHING and not _may_get_nothing(run, seen, logged=found > 0):
@@ -136,6 +144,17 @@ def attempts_are_what_engines_were_asked(run: Run) -> Iterator[str]:
         name = line["request_id"]
         if name and jobs[name] > line.get("attempts", 0):
             yield f"{name}: {jobs[name]} jobs, {line.get('attempts', 0)} attempts in the log"
+
+
+@invariant
+def dead_connections_are_not_used(run: Run) -> Iterator[str]:
+    """Where a socket tells of its end, no attempt is made on one that has ended before."""
+    tried = _by(run, "citadel_gateway_attempts_total", "endpoint")
+    for engine in run.fleet:
+        attempts = tried[run.scenario.endpoint(engine.plan.host)]
+        if engine.plan.direct and attempts > len(engine.jobs) + engine.lost:
+            missing = attempts - len(engine.jobs) - engine.lost
+            yield f"{missing} attempts at {engine.plan.host} have come to nobody's notice"
 
 
 @invariant
@@ -434,6 +453,16 @@ def refusals_are_explained(run: Run) -> Iterator[str]:
 
 
 @invariant
+def reports_are_to_be_had(run: Run) -> Iterator[str]:
+    """Whatever is the matter with the engines, or with the load."""
+    for path, status in run.reports:
+        if status not in ({200, 503} if path == "/health" else {200}):
+            is_full = status == 503 and run.config["service"]["max_connections"] < 100
+            if not is_full:
+                yield f"{path} was answered {status}"
+
+
+@invariant
 def stopping_loses_nothing(run: Run) -> Iterator[str]:
     """Who has asked before is answered, within the time there is; who comes later may find none."""
     patience = run.config["service"]["drain_timeout"]
@@ -512,6 +541,12 @@ def _difference(logged: Counter[str], counted: Counter[str]) -> str:
 def _is_refused_by_server(seen: Seen) -> bool:
     """Before the application has seen a request."""
     return seen.error_code() in {"bad_http_request", "too_many_connections"}
+
+
+def _was_there(run: Run, seen: Seen) -> bool:
+    """Whether the gateway has had a whole request, and time to look at it."""
+    until = math.inf if run.drained_at is None else run.drained_at
+    return seen.sent is not None and seen.sent + _SAME < seen.ended < until
 
 
 def _may_get_nothing(run: Run, seen: Seen, *, logged: bool) -> bool:

@@ -16,17 +16,17 @@ from citadel_gateway.app.client_response import ClientResponse
 from citadel_gateway.config.loader import parse
 from tests.sim.campaign import campaign, find
 from tests.sim.draw import draw
-from tests.sim.invariants import INVARIANTS
-from tests.sim.planted import PLANTED
 from tests.sim.world import simulate
 
 RUNS = 240
 JOBS = min(2, os.cpu_count() or 1)
-QUICKLY_FOUND = {
-    "slot_kept_on_cancel": 10, "cap_off_by_one": 10, "connection_leaked": 10,
-    "breaker_never_closes": 10, "cut_passed_off_as_whole": 10, "counted_twice": 10,
-    "departure_unnoticed": 10, "tried_forgotten": 20, "ambiguous_repeated": 20,
-}  # fmt: skip
+WITHIN = 20  # runs
+QUICKLY_FOUND = [
+    "slot_kept_on_cancel", "ticket_leaked_on_timeout", "connection_leaked", "breaker_never_closes",
+    "cool_down_ignored", "cap_off_by_one", "seats_off_by_one", "cut_passed_off_as_whole",
+    "event_lost", "ambiguous_repeated", "tried_forgotten", "departure_unnoticed",
+    "deadline_lost", "counted_twice", "outcome_lost",
+]  # fmt: skip
 
 
 def test_no_run_violates_an_invariant() -> None:
@@ -60,7 +60,7 @@ def test_what_is_drawn_is_a_valid_configuration(seed: int) -> None:
 
 @pytest.mark.parametrize("name", QUICKLY_FOUND)
 def test_a_planted_bug_is_found(name: str) -> None:
-    assert find(name, QUICKLY_FOUND[name]) is not None
+    assert find(name, WITHIN) is not None
 
 
 async def _sleep_for_ever(*_: object) -> None:
@@ -86,10 +86,3 @@ def test_a_run_that_does_not_end_is_ended_and_shows_its_tasks(
     (problem,) = run.problems
     assert problem.startswith(complaint)
     assert stuck.__name__ in problem
-
-
-def test_there_is_nothing_to_complain_about_twice() -> None:
-    names = [check.__name__ for check in INVARIANTS]
-
-    assert len(set(names)) == len(names)
-    assert len(PLANTED) >= 10

@@ -34,6 +34,7 @@ class Wire(trio.abc.Stream):
 
     sock: socket.socket
     other: socket.socket | None = None
+    dropped: int = attrs.field(default=0, init=False)  # things said that nobody has listened to
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Nothing at the end.  Raises ``trio.BrokenResourceError`` after a reset."""
@@ -65,7 +66,7 @@ class Wire(trio.abc.Stream):
         with trio.move_on_after(seconds):
             try:
                 while await self.receive_some():
-                    pass
+                    self.dropped += 1
             except trio.BrokenResourceError:
                 pass
             return True
@@ -82,6 +83,8 @@ class Wire(trio.abc.Stream):
 
     def close(self, *, reset: bool = False) -> None:
         """Hang up; a reset is what the kernel makes of a close with something unread."""
+        if self.sock.fileno() >= 0:
+            self.dropped += self._has_unread()
         if reset and self.other is not None and self.other.fileno() >= 0:
             with suppress(OSError):
                 self.other.send(b"!")
@@ -92,6 +95,12 @@ class Wire(trio.abc.Stream):
     async def aclose(self) -> None:
         self.close()
         await trio.lowlevel.checkpoint()
+
+    def _has_unread(self) -> bool:
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
 
 class GatewayEnd(anyio.abc.ByteStream):

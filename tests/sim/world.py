@@ -6,7 +6,7 @@ import random
 import re
 import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
@@ -30,6 +30,7 @@ from tests.sim.engines import Engine, Fleet
 from tests.sim.history import History, task_tree
 from tests.sim.wires import Door
 from tests.support.gateway import repeatable
+from tests.support.raw_client import NoResponseError, RawClient
 
 _LAST_MISCHIEF = 4.2  # seconds: engines' last, and until no connection from before is kept
 SETTLES = 0.25  # seconds after which nothing of the traffic may be left
@@ -93,6 +94,7 @@ class Run:
     stopped: bool = False
     drained_at: float | None = None
     stopped_at: float | None = None
+    reports: list[tuple[str, int]] = attrs.field(factory=list)  # asked for, and the status
     problems: list[str] = attrs.field(factory=list)
 
     @property
@@ -164,6 +166,8 @@ class _World:
                             lives.start_soon(engine.live)
                         if scenario.drains_at is not None:
                             lives.start_soon(self._drain_later, service, scenario.drains_at)
+                        if scenario.reports:
+                            lives.start_soon(self._ask_for_reports)
                         await self._play_clients(scenario.clients)
                         if scenario.drains_at is not None:
                             await self._over.wait()
@@ -230,6 +234,22 @@ class _World:
             for plan in plans:
                 client = Client(plan, self.door.knock, run.seen, run.history)
                 crowd.start_soon(client.run)
+
+    async def _ask_for_reports(self) -> None:
+        """Somebody who looks at the gateway now and then, until it is stopped."""
+        keys = self.run.config["security"]["api_keys"]
+        shown = [("authorization", f"Bearer sk-{keys[0]['id'][3:]}")] if keys else []
+        while True:
+            await trio.sleep(0.7)
+            for path in ("/health", "/models/status", "/v1/models"):
+                try:
+                    wire = self.door.knock()
+                except OSError:
+                    return
+                with closing(wire), suppress(NoResponseError, trio.BrokenResourceError):
+                    headers = [*shown, ("x-request-id", f"report-{len(self.run.reports)}")]
+                    response = await RawClient(wire).request("GET", path, None, headers)
+                    self.run.reports.append((path, response.status))
 
     def _drain(self, service: UnifiedAPIGatewayService) -> None:
         self.run.drained_at = trio.current_time()
@@ -339,8 +359,8 @@ class _World:
         """Everything that a client may have to wait for, one after the other, and then some."""
         config, scenario = self.run.config, self.run.scenario
         clock = config["performance"]["request_timeout_seconds"]
-        stream = 12 * 20.0  # words, each at the last moment of the longest idle clock
-        one = clock + stream + 5 * 60.0  # the longest Retry-After that the gateway gives
+        stream = 60.0  # two dozen events, at the pace of the slowest engine or client
+        one = clock + stream + 60.0  # the longest Retry-After that the gateway gives
         asks = max(len(client.asks) for client in scenario.clients)
         drain = config["service"]["drain_timeout"] + 10.0
         longest: float = asks * 3 * one + 2 * self._slowest_recovery() + drain
