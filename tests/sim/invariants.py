@@ -544,9 +544,13 @@ def _is_refused_by_server(seen: Seen) -> bool:
 
 
 def _was_there(run: Run, seen: Seen) -> bool:
-    """Whether the gateway has had a whole request, and time to look at it."""
+    """Whether the gateway has had a whole request, and time to look at it.
+
+    It may have been busy with the end of the last one on the same connection.
+    """
     until = math.inf if run.drained_at is None else run.drained_at
-    return seen.sent is not None and seen.sent + _SAME < seen.ended < until
+    soonest = _SAME if seen.first_on_connection else _LAST_LOOK
+    return seen.sent is not None and seen.sent + soonest < seen.ended < until
 
 
 def _may_get_nothing(run: Run, seen: Seen, *, logged: bool) -> bool:
