@@ -4,7 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo demo-llm test format lint types unit scenarios bench bench-instructions tools clean
+SEEDS ?= 1000
+
+.PHONY: demo demo-llm test format lint types unit sim scenarios bench bench-instructions tools clean
 
 # The stamp is remade when the dependencies change, so that a second `make` starts at once.
 $(VENV)/installed: pyproject.toml
@@ -42,6 +44,11 @@ unit: $(VENV)/engine
 # When engines fail, with this gateway and with others, in real seconds: about eight minutes.
 scenarios: $(VENV)/installed
 	$(BIN)/python -m tests.scenarios --peers --write --pace 1
+
+# The whole gateway in simulated time: every seed is another configuration, fleet and crowd.
+# SEEDS=10000 for a long run; `python -m tests.sim --seed N` replays one that failed.
+sim: $(VENV)/installed
+	$(BIN)/python -m tests.sim --seeds 0..$(SEEDS)
 
 # Side by side with other gateways, about ten minutes; each gets an environment in .peers/ by itself.
 # ROUNDS=1 for a quick look.  nginx, if it is to take part, from the system.

@@ -174,11 +174,11 @@ class UnifiedAPIGatewayService:
             try:
                 yield
             finally:
+                background.cancel_scope.cancel()  # first: a probe under way is not to fail
                 with trio.CancelScope(shield=True):  # closing sockets waits for nobody
                     await self.pool.aclose()
                 with trio.move_on_after(1.0, shield=True):
                     await self.log.flush()
-            background.cancel_scope.cancel()
 
     async def run(
         self,

@@ -1,0 +1,88 @@
+"""The whole gateway in virtual time, by seeds; `make sim SEEDS=10000` plays more of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import trio
+
+from citadel_gateway.app.client_response import ClientResponse
+from citadel_gateway.config.loader import parse
+from tests.sim.campaign import campaign, find
+from tests.sim.draw import draw
+from tests.sim.world import simulate
+
+RUNS = 240
+JOBS = min(2, os.cpu_count() or 1)
+WITHIN = 20  # runs
+QUICKLY_FOUND = [
+    "slot_kept_on_cancel", "ticket_leaked_on_timeout", "connection_leaked", "breaker_never_closes",
+    "cool_down_ignored", "cap_off_by_one", "seats_off_by_one", "cut_passed_off_as_whole",
+    "event_lost", "ambiguous_repeated", "tried_forgotten", "departure_unnoticed",
+    "deadline_lost", "counted_twice", "outcome_lost",
+]  # fmt: skip
+
+
+def test_no_run_violates_an_invariant() -> None:
+    summary = campaign(range(RUNS), JOBS, tell=lambda _: None)
+
+    assert summary.runs == RUNS
+    assert not summary.failed, summary  # `python -m tests.sim --seed N` replays one
+
+
+def test_a_seed_gives_the_same_history_in_another_process() -> None:
+    seeds = [1, 4, 17, 66, 71]
+    here = [simulate(seed).history.digest() for seed in seeds]
+
+    code = (
+        "from tests.sim.world import simulate\n"
+        f"print(*[simulate(seed).history.digest() for seed in {seeds}])"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert there.stdout.split() == here
+
+
+def test_other_seeds_give_other_histories() -> None:
+    assert len({simulate(seed).history.digest() for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_drawn_is_a_valid_configuration(seed: int) -> None:
+    parse(draw(seed).config, source=f"seed {seed}")
+
+
+@pytest.mark.parametrize("name", QUICKLY_FOUND)
+def test_a_planted_bug_is_found(name: str) -> None:
+    assert find(name, WITHIN) is not None
+
+
+async def _sleep_for_ever(*_: object) -> None:
+    await trio.sleep_forever()
+
+
+async def _spin(*_: object) -> None:
+    while True:
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("stuck", "complaint"),
+    [(_sleep_for_ever, "not over after"), (_spin, "an instant that does not end")],
+    ids=["sleeps", "spins"],
+)
+def test_a_run_that_does_not_end_is_ended_and_shows_its_tasks(
+    stuck: Callable[..., Any], complaint: str
+) -> None:
+    with mock.patch.object(ClientResponse, "whole", stuck):
+        run = simulate(1)
+
+    (problem,) = run.problems
+    assert problem.startswith(complaint)
+    assert stuck.__name__ in problem
