@@ -20,6 +20,7 @@ from citadel_gateway.errors import GatewayError, body_too_large, draining, inter
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
+from citadel_gateway.policy.priority import NAMES
 from citadel_gateway.wire.headers import Fields, Headers, request_id, tracing
 from citadel_gateway.wire.http1_rules import BadRequest
 from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
@@ -142,6 +143,9 @@ class Relay:
         response.headers = response.headers + self.doorkeeper.admit(visitor, record.began)
         most = self.doorkeeper.check_body(fields)
         allowed, shortened = self.doorkeeper.timeout(fields)
+        party = self.doorkeeper.party(visitor, fields)
+        record.priority = NAMES[party.rank]
+        self.orchestrator.refuse_if_hopeless(party, visitor.key, record, record.began + allowed)
         body = await _read_body(asked.receive, most)
         record.bytes_in, record.received = len(body), trio.current_time()
         request = parse_request(ROUTES[record.route], body)
@@ -157,6 +161,7 @@ class Relay:
             deadline=record.began + allowed,
             allowed=allowed,
             shortened=shortened,
+            party=party,
         )
 
     async def _say_goodbye(self, response: ClientResponse, refusal: BadRequest | None) -> None:
