@@ -27,6 +27,7 @@ from citadel_gateway.policy.waitroom import (
     Full,
     Nobody,
     Ticket,
+    TooLong,
     Waitroom,
 )
 
@@ -238,6 +239,200 @@ def test_an_endpoint_that_refuses_after_all_costs_no_seat() -> None:
         room.enter(Ticket("m", "g", lambda _: a), 1.0)
 
     assert (room.taken, a.in_flight) == (0, 0)
+
+
+A, B, C = Party("a"), Party("b"), Party("c")
+
+
+def work(room: Waitroom, *tickets: Ticket, seconds: float = 1.0) -> None:
+    """Let as many requests come and go as a prediction needs."""
+    for one in tickets:
+        room.enter(one, 0.0)
+        room.leave(one, GOOD, seconds)
+
+
+def drain(room: Waitroom, holder: Ticket, now: float = 1.0) -> list[Ticket]:
+    """One leaves after the other; returns those who were placed, in their order."""
+    served: list[Ticket] = []
+    leaving = [holder]
+    while leaving:
+        room.leave(leaving.pop(), GOOD, now)
+        called = room.pump(now)
+        served += called
+        leaving += called
+    return served
+
+
+def test_tenants_take_turns_however_many_of_their_requests_wait() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    holder = ticket(a)
+    flood, light = [ticket(a, party=A) for _ in range(5)], [ticket(a, party=B) for _ in range(2)]
+    enter(room, holder, *flood, *light)
+
+    assert drain(room, holder) == [flood[0], light[0], flood[1], light[1], *flood[2:]]
+
+
+def test_turns_are_paid_in_tokens() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    holder = ticket(a)
+    long = [ticket(a, party=A, prompt=300) for _ in range(3)]
+    short = [ticket(a, party=B, prompt=100) for _ in range(6)]
+    enter(room, holder, *long, *short)
+
+    assert drain(room, holder) == [long[0], *short[:3], long[1], *short[3:], long[2]]
+
+
+def test_a_request_is_charged_what_it_used_in_the_end() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    holder = ticket(a)
+    wordy = [ticket(a, party=A, prompt=10) for _ in range(3)]
+    terse = [ticket(a, party=B, prompt=10) for _ in range(5)]
+    enter(room, holder, *wordy, *terse)
+
+    room.leave(holder, GOOD, 1.0)
+    assert room.pump(1.0) == [wordy[0]]
+    wordy[0].settle(10, 15)  # two for each token of the answer: 40 in all
+    assert drain(room, wordy[0]) == [*terse[:4], wordy[1], terse[4], wordy[2]]
+
+
+def test_an_answer_is_charged_by_what_the_last_ones_took_until_its_length_is_known() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    enter(room, holder := ticket(a), *(early := [ticket(a, party=A, prompt=10) for _ in range(3)]))
+    room.leave(holder, GOOD, 1.0)
+    for one in early:
+        assert room.pump(1.0) == [one]
+        one.settle(10, 45)
+        room.leave(one, GOOD, 1.0)
+    enter(room, holder := ticket(a, party=C), first := ticket(a, party=A, prompt=10))
+    capped = ticket(a, party=A, prompt=10)
+    capped.answer = 5
+    enter(room, capped)
+    charged = []
+    for leaving, placed in ((holder, first), (first, capped)):
+        room.leave(leaving, GOOD, 1.0)
+        assert room.pump(1.0) == [placed]
+        assert placed.bill is not None
+        charged.append(placed.bill.tokens)
+
+    assert charged == [pytest.approx(100), 20]
+
+
+def test_who_never_had_to_wait_is_charged_nothing() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    enter(room, one := ticket(a, party=A, prompt=1000))
+    one.settle(1000, 1000)
+
+    assert one.bill is None
+
+
+def test_a_full_queue_makes_room_for_who_has_fewer_waiting() -> None:
+    room, a = Waitroom(9, 3), endpoint()
+    holder, flood = ticket(a), [ticket(a, party=A) for _ in range(3)]
+    enter(room, holder, *flood)
+    with pytest.raises(Full):
+        room.enter(ticket(a, party=A), 0.0)
+
+    enter(room, light := ticket(a, party=B))
+
+    assert room.pump(0.0) == [flood[-1]]
+    assert flood[-1].outcome == Displaced(1.0)
+    assert room.depth("m") == 3
+    room.leave(flood[-1], NO_OPINION, 0.0)
+    assert drain(room, holder) == [flood[0], light, flood[1]]
+
+
+def test_a_queue_with_one_place_gives_it_to_the_higher_class() -> None:
+    room, a = Waitroom(9, 1), endpoint()
+    bulk, urgent = ticket(a, party=Party("a", 1.0, 3)), ticket(a, party=Party("a", 1.0, 1))
+    enter(room, holder := ticket(a), bulk, urgent)
+
+    assert room.pump(0.0) == [bulk]
+    assert isinstance(bulk.outcome, Displaced)
+    assert drain(room, holder) == [urgent]
+
+
+def test_who_would_be_served_too_late_is_refused_at_once_and_let_in_when_it_was_told() -> None:
+    room, a = Waitroom(9, 99, patience=10.0), endpoint()
+    work(room, *(ticket(a) for _ in range(5)), seconds=2.0)
+    enter(room, holder := ticket(a, party=A), *(ticket(a, party=A) for _ in range(5)))
+
+    with pytest.raises(TooLong) as refused:
+        room.enter(ticket(a, party=A), 0.0)
+    assert (refused.value.wait, refused.value.retry_after) == pytest.approx((12.0, 2.0))
+    with pytest.raises(TooLong):
+        room.enter(ticket(a, party=B, deadline=1.0), 0.0)
+
+    room.leave(holder, GOOD, 2.0)
+    room.pump(2.0)
+    room.enter(ticket(a, party=A), 2.0)
+    with pytest.raises(TooLong):
+        room.enter(ticket(a, party=A), 2.0)
+    room.enter(ticket(a, party=B), 2.0)  # its place is near the front
+
+
+def test_there_is_no_hope_if_every_group_would_refuse() -> None:
+    room, a, b = Waitroom(9, 1), endpoint("a"), endpoint("b")
+    groups = [ticket(a).group, ticket(b).group]
+    enter(room, ticket(a, party=A), ticket(a, party=A))
+    assert room.is_hopeless(groups[:1], B, math.inf, 0.0) is not None
+    assert room.is_hopeless(groups, B, math.inf, 0.0) is None
+    assert room.is_hopeless(groups[:1], Party("b", 1.0, 0), math.inf, 0.0) is None
+
+    enter(room, ticket(b, party=A), ticket(b, party=A))
+
+    assert room.is_hopeless(groups, B, math.inf, 0.0) is not None
+    assert room.is_hopeless([], B, math.inf, 0.0) is None
+
+
+def test_for_seats_tenants_take_turns_across_models() -> None:
+    room, a, b = Waitroom(1, 99), endpoint("a", room=9), endpoint("b", room=9)
+    holder = ticket(a, party=A)
+    flood = [ticket(a, queue="a", party=A) for _ in range(4)]
+    light = [ticket(b, queue="b", party=B) for _ in range(2)]
+    enter(room, holder, *flood, *light)
+
+    assert drain(room, holder) == [flood[0], light[0], flood[1], light[1], *flood[2:]]
+
+
+def test_for_seats_a_lower_class_of_another_model_has_its_share() -> None:
+    room, a, b = Waitroom(1, 999), endpoint("a", room=9), endpoint("b", room=9)
+    high, low = Party("a", 1.0, 0), Party("b", 1.0, 3)
+    enter(room, holder := ticket(a))
+    enter(room, *(ticket(a, queue="a", party=high) for _ in range(200)))
+    enter(room, *(ticket(b, queue="b", party=low) for _ in range(50)))
+
+    served = [t.party for t in drain(room, holder)[:110]]
+
+    assert served.count(low) == pytest.approx(10, abs=1)
+
+
+def test_what_was_used_is_remembered_for_a_minute_after_the_last_one_waited() -> None:
+    for later, first in ((30.0, B), (100.0, A)):
+        room, a = Waitroom(9, 99), endpoint()
+        enter(room, holder := ticket(a), *(both := [ticket(a, party=B), ticket(a, party=A)]))
+        assert drain(room, holder) == both
+        both[1].settle(500, 0)  # after its queue is empty
+        holder = ticket(a, party=C)
+        new = [ticket(a, party=A), ticket(a, party=B)]
+        for one in (holder, *new):
+            room.enter(one, later)
+        served = drain(room, holder, later)
+
+        assert served[0].party == first
+
+
+def test_a_request_that_never_had_a_slot_is_new_in_the_queue_that_it_falls_back_to() -> None:
+    room, a, b = Waitroom(9, 1), endpoint("a"), endpoint("b")
+    enter(room, ticket(b), ticket(b))
+    a.health.healthy = False
+    enter(room, one := ticket(a))
+    one.group, one.choose = ticket(b).group, ticket(b).choose
+
+    with pytest.raises(Full):
+        room.move(one, NO_OPINION, 0.0)
+    room.leave(one, NO_OPINION, 0.0)
+
+    assert (room.depth("m"), room.taken) == (1, 1)
 
 
 class AnyOrder(RuleBasedStateMachine):

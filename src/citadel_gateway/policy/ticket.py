@@ -54,6 +54,13 @@ class Bill:
         self.house.charge(more)
         self.tokens = tokens
 
+    def close(self) -> None:
+        """The request has ended, and what was charged is what it cost."""
+        if self.tokens is not None:
+            self.account.finish(self.tokens)
+            self.house.finish(self.tokens)
+            self.tokens = None
+
 
 @attrs.define(eq=False)
 class Ticket:

@@ -3,12 +3,15 @@
 The virtual token counter (VTC) of Sheng et al., "Fairness in Serving Large Language Models" (OSDI
 2024).  Every tenant has a counter of the tokens it was served, each divided by the tenant's
 weight, and the one with the lowest counter is next.  A tenant that begins to wait again is lifted
-to the lowest counter of those who wait already, or if nobody does of the last one who did, so
-that nobody saves up turns by staying away.
-As in the paper a token of the answer costs twice a token of the prompt, and the length of an
-answer, unknown beforehand, is at first taken to be what the tenant's last ones were.
+to the lowest counter of those who wait already, or if nobody does to that of the last one who
+did, so that nobody saves up turns by staying away.
 
-Of equal counters the one that was served least recently is next: so a newcomer does not wait for
+As in the paper, a token of the answer costs twice a token of the prompt.  The paper charges
+tokens as they are made; here a request is charged when its turn comes, for an answer as long as
+the tenant's last ones were, and corrected at its end.  So that this comes to the same, what is
+still under way does not count where somebody is lifted.
+
+Of equal counters the one that was served least recently is next: a newcomer does not wait for
 another turn of somebody who never stops asking.
 """
 
@@ -33,6 +36,8 @@ _Entry: TypeAlias = "tuple[float, int, int, Account]"
 class Account:
     """What one tenant was served.
 
+    :param counter: tokens that it was charged, divided by its weight.
+    :param under_way: the part of it that is for requests which are still being worked on.
     :param waiting: how many of its requests wait.
     :param answers: the length of its answers in tokens, lately.
     """
@@ -40,16 +45,25 @@ class Account:
     counters: Counters = attrs.field(repr=False)
     weight: float
     counter: float = 0.0
+    under_way: float = 0.0
     turn: int = 0  # when it was last served, in turns of all
     waiting: int = 0
     answers: float = 0.0
     entry: _Entry | None = attrs.field(default=None, repr=False)
 
     def charge(self, tokens: float) -> None:
-        """Add *tokens* to what it was served; a correction may be negative."""
+        """Charge *tokens* to a request that is under way; a correction may be negative."""
         self.counter += tokens / self.weight
+        self.under_way += tokens / self.weight
         if self.waiting:
             self.counters.place(self)
+
+    def finish(self, tokens: float) -> None:
+        """A request has ended to which *tokens* were charged."""
+        self.under_way -= tokens / self.weight
+
+    def consumed(self) -> float:
+        return self.counter - self.under_way
 
     def learn(self, answer: int) -> None:
         """An answer had so many tokens."""
@@ -76,7 +90,7 @@ class Counters:
         if account.waiting == 0:
             account.weight = party.weight
             if (other := self.lowest() or self._last) is not None:
-                account.counter = max(account.counter, other.counter)
+                account.counter = max(account.counter, other.consumed())
             self._waiting += 1
             self.place(account)
         account.waiting += 1

@@ -97,6 +97,8 @@ class Waitroom:
             self._dequeue(ticket, now)
             return None
         self._stand_up(ticket, now)
+        if ticket.bill is not None:
+            ticket.bill.close()
         return slot.close(verdict, now) if isinstance(slot, Slot) else None
 
     def pump(self, now: float) -> list[Ticket]:
