@@ -10,7 +10,7 @@ import attrs
 from citadel_gateway.policy.fair_queue import FairQueue
 from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.ticket import Bill, Ticket
-from citadel_gateway.policy.virtual_tokens import ANSWER_WEIGHT, Account
+from citadel_gateway.policy.virtual_tokens import Account
 
 _DUE = 1 - 1e-9  # a turn; tenths of it do not add up to one exactly
 
@@ -79,14 +79,20 @@ class Line:
     _lanes: dict[int, Lane] = attrs.field(factory=dict, init=False)  # by rank
     _ranks: list[int] = attrs.field(factory=list, init=False)  # of those in which somebody waits
 
+    def bill(self, ticket: Ticket, house: Account) -> None:
+        """Charge a request that has its slot already, now that others wait for it.
+
+        :param house: the tenant's account in all lines.
+        """
+        account = self._lane(ticket.party.rank).fresh.counters.account(ticket.party)
+        ticket.bill = Bill(account, house)
+        ticket.charge()
+
     def push(self, ticket: Ticket, house: Account | None) -> None:
         """*house* is the tenant's account in all lines; none for a ticket that is returning."""
-        rank = ticket.party.rank
-        lane = self._lanes.get(rank)
-        if lane is None:
-            lane = self._lanes[rank] = Lane()
+        lane = self._lane(ticket.party.rank)
         if not lane.depth:
-            insort(self._ranks, rank)
+            insort(self._ranks, ticket.party.rank)
         if house is None:
             lane.returning.push(ticket)
         else:
@@ -121,10 +127,8 @@ class Line:
         if ticket.returning or ticket.bill is None:
             lane.returning.remove(ticket)
         else:
-            account = ticket.bill.account
-            lane.fresh.serve(account, ticket)
-            answer = min(ticket.answer, account.answers)
-            ticket.bill.charge(ticket.prompt + ANSWER_WEIGHT * answer)
+            lane.fresh.serve(ticket.bill.account, ticket)
+            ticket.charge()
         self._left(ticket, lane)
 
     def remove(self, ticket: Ticket) -> None:
@@ -181,6 +185,12 @@ class Line:
     def keeps_accounts(self) -> bool:
         """Whether it has anything to remember once it is empty."""
         return any(len(lane.fresh.counters) for lane in self._lanes.values())
+
+    def _lane(self, rank: int) -> Lane:
+        lane = self._lanes.get(rank)
+        if lane is None:
+            lane = self._lanes[rank] = Lane()
+        return lane
 
     def _left(self, ticket: Ticket, lane: Lane) -> None:
         ticket.line = None

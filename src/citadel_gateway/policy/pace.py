@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
+
+if TYPE_CHECKING:
+    from citadel_gateway.policy.ticket import Ticket
 
 _RECENT = 1 / 32  # weight of the newest service time
 _ENOUGH = 5  # service times that a prediction needs
@@ -15,10 +20,13 @@ class Pace:
     By Little's law, ``busy`` requests that take ``seconds`` each end at a rate of
     ``busy / seconds``.  So the rate is known before anybody has had to wait, and a burst of
     arrivals or of departures does not upset it.
+
+    :param unbilled: those that hold a slot and were never charged, as nobody was waiting.
     """
 
     busy: int = 0
     seconds: float = 0.0
+    unbilled: dict[Ticket, None] = attrs.field(factory=dict, init=False)
     _count: int = attrs.field(default=0, init=False)
 
     def ended(self, held: float) -> None:

@@ -37,7 +37,7 @@ Choice: TypeAlias = "Endpoint | Nobody | None"
 
 @attrs.define(eq=False)
 class Bill:
-    """What a request that had to wait is charged: by estimate at its turn, truly at its end.
+    """What a request is charged: by estimate at its turn, truly at its end.
 
     :param account: of its tenant in the line that it waits in.
     :param house: of its tenant in all lines together.
@@ -94,8 +94,14 @@ class Ticket:
     def seated(self) -> bool:
         return self.pace is not None
 
+    def charge(self) -> None:
+        """Charge what it may come to, now that it has its turn."""
+        if self.bill is not None:
+            answer = min(self.answer, self.bill.account.answers)
+            self.bill.charge(self.prompt + ANSWER_WEIGHT * answer)
+
     def settle(self, prompt: int, answer: int) -> None:
-        """Charge what was really used, in tokens; unless it never had to wait."""
+        """Charge what was really used, in tokens; unless nobody had to wait for it."""
         if self.bill is None or self.bill.tokens is None:
             return
         self.bill.charge((prompt or self.prompt) + ANSWER_WEIGHT * answer)

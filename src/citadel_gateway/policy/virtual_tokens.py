@@ -81,8 +81,8 @@ class Counters:
     _serial: int = attrs.field(default=0, init=False)
     _turns: int = attrs.field(default=0, init=False)
 
-    def join(self, party: Party) -> Account:
-        """One more request of *party* waits."""
+    def account(self, party: Party) -> Account:
+        """The account of *party*; one that has nothing waiting is lifted."""
         account = self._accounts.get(party.tenant)
         if account is None:
             self._forget_idle()
@@ -91,6 +91,12 @@ class Counters:
             account.weight = party.weight
             if (other := self.lowest() or self._last) is not None:
                 account.counter = max(account.counter, other.consumed())
+        return account
+
+    def join(self, party: Party) -> Account:
+        """One more request of *party* waits."""
+        account = self.account(party)
+        if account.waiting == 0:
             self._waiting += 1
             self.place(account)
         account.waiting += 1

@@ -179,6 +179,10 @@ class Waitroom:
             self._rest_if_empty(ticket.group, line, now)
             raise refused
         victim = line.newest_unfair(party) if line.depth >= self.room else None
+        pace = self._forecast.pace(ticket.queue)
+        for holder in pace.unbilled:
+            line.bill(holder, self._house.account(holder.party))
+        pace.unbilled.clear()
         line.push(ticket, self._house.join(party))
         if victim is not None:
             self._dequeue(victim, now)
@@ -190,15 +194,20 @@ class Waitroom:
             case Endpoint() as endpoint:
                 slot = Slot.take(endpoint, now)
                 self.taken += 1
-                ticket.pace, ticket.since = self._forecast.pace(ticket.queue), now
-                ticket.pace.busy += 1
+                pace = self._forecast.pace(ticket.queue)
+                pace.busy += 1
+                if ticket.bill is None:
+                    pace.unbilled[ticket] = None
+                ticket.pace, ticket.since = pace, now
                 return slot
             case nobody:
                 return nobody
 
     def _stand_up(self, ticket: Ticket, now: float) -> None:
-        if ticket.pace is not None:
-            ticket.pace.ended(now - ticket.since)
+        pace = ticket.pace
+        if pace is not None:
+            pace.ended(now - ticket.since)
+            pace.unbilled.pop(ticket, None)
             ticket.pace = None
             self.taken -= 1
 
