@@ -129,9 +129,9 @@ jobs: dict[Ticket, tuple[Job, float]] = {}
 
 
 def offer(office: Office, rng: random.Random, tenant: str, rate: float, draw: Draw) -> int:
-    """Requests at random times for 300 seconds; returns how many."""
+    """Requests at random times for 100 seconds; returns how many."""
     when, count = rng.expovariate(rate), 0
-    while when < 300:
+    while when < 100:
         job = Job(Party(tenant), draw(rng), rng.randint(50, 150), rng.randint(50, 150))
         office.at(when, lambda job=job: office.comes(job))  # type: ignore[misc]
         when += rng.expovariate(rate)
@@ -152,8 +152,8 @@ def varying(rng: random.Random) -> float:
 
 
 @pytest.mark.parametrize("draw", [constant, varying])
-@pytest.mark.parametrize("slots", [4, 10, 32])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("slots", [4, 16])
+@pytest.mark.parametrize("seed", range(3))
 def test_twenty_times_the_load_of_one_key_costs_another_one_service_time_at_most(
     slots: int, seed: int, draw: Draw
 ) -> None:
@@ -195,11 +195,11 @@ def test_weights_are_shares_of_the_tokens_whatever_requests_are_like(
             seconds = seconds * rng.uniform(0.9, 1.1)
             job = Job(Party(tenant, float(weight)), seconds, prompt, answer, again=True)
             office.comes(job)
-    office.run(600)
+    office.run(200)
 
     for tenant, weight in zip("abc", weights, strict=True):
         assert office.share(tenant) == pytest.approx(weight / sum(weights), rel=0.05)
-    assert office.busy == pytest.approx(8 * 600, rel=0.01), "no slot was idle"
+    assert office.busy == pytest.approx(8 * 200, rel=0.01), "no slot was idle"
 
 
 def test_a_lower_class_has_its_share_beside_a_flood_of_a_higher_one() -> None:
@@ -207,7 +207,7 @@ def test_a_lower_class_has_its_share_beside_a_flood_of_a_higher_one() -> None:
     for rank, tenant in ((1, "chat"), (3, "batch")):
         for _ in range(40):
             office.comes(Job(Party(tenant, 1.0, rank), 1.0, again=True))
-    office.run(500)
+    office.run(300)
 
     assert office.share("batch") == pytest.approx(1 / 11, abs=0.01)
 
@@ -221,7 +221,7 @@ def test_of_those_who_are_let_in_few_wait_in_vain(draw: Draw) -> None:
 
     ends = {how: office.ends["a", how] for how in ("served", "refused", "timeout", "displaced")}
     assert sum(ends.values()) == came
-    assert ends["served"] == pytest.approx(8 * 310, rel=0.05)
+    assert ends["served"] == pytest.approx(8 * 110, rel=0.05)
     assert ends["timeout"] <= 0.1 * ends["served"]
     assert ends["displaced"] == 0
     assert max(office.waits["a"]) <= 10.0

@@ -16,8 +16,8 @@ def serve(counters: Counters, tokens: float = 1.0) -> str:
     tenant = next(t for t, a in counters._accounts.items() if a is account)
     counters.join(Party(tenant, account.weight))
     counters.serve(account)
-    account.charge(tokens)
-    account.finish(tokens)
+    account.charge(tokens / account.weight)
+    account.finish(tokens / account.weight)
     return str(tenant)
 
 

@@ -544,7 +544,11 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.room.taken == 0
         assert [e.in_flight for e in self.endpoints] == [0, 0]
         assert not self.room.is_anybody_waiting()
-        assert {account.waiting for account in self.room._house._accounts.values()} <= {0}
+        lines = [line for _, line in self.room._resting.values()]
+        counters = [lane.fresh.counters for line in lines for lane in line._lanes.values()]
+        for account in [a for c in (self.room._house, *counters) for a in c._accounts.values()]:
+            assert account.waiting == 0
+            assert account.under_way == pytest.approx(0, abs=1e-6)
 
 
 TestAnyOrder = AnyOrder.TestCase

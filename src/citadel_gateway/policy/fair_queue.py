@@ -20,8 +20,8 @@ _INEXACT = 1e-6  # by how much a sum of weights may be off
 class FairQueue(Generic[T]):
     """Serves tenants by their counters, and each tenant's requests first come, first served.
 
-    Every operation takes logarithmic time at most, but for :meth:`ahead_of`: its time grows with
-    the number of requests that the same tenant has waiting.
+    Every operation takes logarithmic time at most, but for :meth:`ahead_of`: its time may grow
+    with the number of requests that the same tenant has waiting.
     """
 
     depth: int = attrs.field(default=0, init=False)
@@ -86,10 +86,12 @@ class FairQueue(Generic[T]):
         that time, if requests cost about the same.
         """
         own = self.length_of(party.tenant)
-        rounds = own + 1
+        rounds = own + 1  # of turns, one for each tenant in each
         if self._waiting:
             fair = rounds / party.weight * self._weights / len(self._waiting)
             rounds = math.ceil(fair - _INEXACT)
+        if rounds >= len(self._levels):
+            return self.depth  # all who wait
         return sum(map(len, self._levels[:rounds])) + max(0, own - rounds)
 
     def _drop(self, account: Account, item: T) -> None:

@@ -85,7 +85,7 @@ class Line:
         :param house: the tenant's account in all lines.
         """
         account = self._lane(ticket.party.rank).fresh.counters.account(ticket.party)
-        ticket.bill = Bill(account, house)
+        ticket.bill = Bill(account, house, ticket.party.weight)
         ticket.charge()
 
     def push(self, ticket: Ticket, house: Account | None) -> None:
@@ -96,7 +96,8 @@ class Line:
         if house is None:
             lane.returning.push(ticket)
         else:
-            ticket.bill = Bill(lane.fresh.push(ticket.party, ticket), house)
+            account = lane.fresh.push(ticket.party, ticket)
+            ticket.bill = Bill(account, house, ticket.party.weight)
         ticket.line = self
         self.depth += 1
 

@@ -41,18 +41,22 @@ class Bill:
 
     :param account: of its tenant in the line that it waits in.
     :param house: of its tenant in all lines together.
+    :param weight: the tenant's.
+    :param tokens: what was charged so far, by weight; ``None`` before its turn and after its end.
     """
 
     account: Account
     house: Account
-    tokens: float | None = attrs.field(default=None, init=False)  # not charged yet
+    weight: float
+    tokens: float | None = attrs.field(default=None, init=False)
 
     def charge(self, tokens: float) -> None:
         """It comes to *tokens*, whatever was charged before."""
-        more = tokens - (self.tokens or 0.0)
+        due = tokens / self.weight
+        more = due - (self.tokens or 0.0)
         self.account.charge(more)
         self.house.charge(more)
-        self.tokens = tokens
+        self.tokens = due
 
     def close(self) -> None:
         """The request has ended, and what was charged is what it cost."""

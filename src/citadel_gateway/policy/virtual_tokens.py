@@ -36,7 +36,9 @@ _Entry: TypeAlias = "tuple[float, int, int, Account]"
 class Account:
     """What one tenant was served.
 
-    :param counter: tokens that it was charged, divided by its weight.
+    All tokens are divided by its weight already.
+
+    :param counter: tokens that it was charged.
     :param under_way: the part of it that is for requests which are still being worked on.
     :param waiting: how many of its requests wait.
     :param answers: the length of its answers in tokens, lately.
@@ -52,15 +54,15 @@ class Account:
     entry: _Entry | None = attrs.field(default=None, repr=False)
 
     def charge(self, tokens: float) -> None:
-        """Charge *tokens* to a request that is under way; a correction may be negative."""
-        self.counter += tokens / self.weight
-        self.under_way += tokens / self.weight
+        """Charge *tokens* of a request that is under way; a correction may be negative."""
+        self.counter += tokens
+        self.under_way += tokens
         if self.waiting:
             self.counters.place(self)
 
     def finish(self, tokens: float) -> None:
         """A request has ended to which *tokens* were charged."""
-        self.under_way -= tokens / self.weight
+        self.under_way -= tokens
 
     def consumed(self) -> float:
         return self.counter - self.under_way
