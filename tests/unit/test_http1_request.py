@@ -12,10 +12,10 @@ from citadel_gateway.wire.http1_request import (
     MAX_HEADER_BYTES,
     MAX_HEADERS,
     MAX_TARGET,
-    IncomingRequest,
     RequestParser,
 )
 from citadel_gateway.wire.http1_rules import BadRequest
+from citadel_gateway.wire.incoming_request import IncomingRequest
 
 steady = settings(deadline=None, derandomize=True)
 

@@ -26,7 +26,7 @@ from citadel_gateway.policy.rate_limit import (
     TokenBucket,
     take,
 )
-from citadel_gateway.wire.headers import Fields, Headers, duration_ms
+from citadel_gateway.wire.headers import Fields, Headers, duration_ms, tracing
 
 _BURST_SECONDS = 5
 _MAX_FORWARDED = 10
@@ -93,6 +93,25 @@ class Visitor:
     key: ApiKey | None
 
 
+@attrs.frozen(kw_only=True)
+class Findings:
+    """What a head that is in order says; the same for every request that has this head.
+
+    :param by: who found it: another one, with another configuration, has to look again.
+    :param most: bytes that the body may have.
+    :param allowed: seconds that the request may take, which the client may have *shortened*.
+    :param party: whose turn it takes in a queue.
+    """
+
+    by: Doorkeeper
+    visitor: Visitor
+    most: int
+    allowed: float
+    shortened: bool
+    tracing: Headers
+    party: Party
+
+
 class Doorkeeper:
     """Lets requests in: the right key, the right limits, a body that we would read.
 
@@ -156,6 +175,26 @@ class Doorkeeper:
                 raise error
             case Allowance():
                 return allowance_headers(result)
+
+    def known(self, fields: Fields) -> Findings | None:
+        """What was found when this very head was here before."""
+        found = fields.findings
+        return found if isinstance(found, Findings) and found.by is self else None
+
+    def examine(self, visitor: Visitor, fields: Fields) -> Findings:
+        """Raises ``GatewayError`` 400, 413 or 415."""
+        most = self.check_body(fields)
+        allowed, shortened = self.timeout(fields)
+        found = fields.findings = Findings(
+            by=self,
+            visitor=visitor,
+            most=most,
+            allowed=allowed,
+            shortened=shortened,
+            tracing=tracing(fields),
+            party=self.party(visitor, fields),
+        )
+        return found
 
     def check_body(self, fields: Fields) -> int:
         """The most bytes the body may have.  Raises ``GatewayError`` 400, 413 or 415."""

@@ -21,7 +21,7 @@ from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
 from citadel_gateway.policy.priority import NAMES
-from citadel_gateway.wire.headers import Fields, Headers, request_id, tracing
+from citadel_gateway.wire.headers import Fields, Headers, request_id
 from citadel_gateway.wire.http1_rules import BadRequest
 from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
 
@@ -136,32 +136,37 @@ class Relay:
 
     async def _accept(self, asked: _Request, response: ClientResponse) -> Job:
         """Check the head, read the body, find out where it may go.  Raises ``GatewayError``."""
-        record, fields = response.record, asked.fields
-        visitor = self.doorkeeper.identify(asked.scope, fields)
+        record, fields, doorkeeper = response.record, asked.fields, self.doorkeeper
+        head = doorkeeper.known(fields)
+        visitor = doorkeeper.identify(asked.scope, fields) if head is None else head.visitor
+        key = visitor.key
         record.client = visitor.client
-        record.key_id = visitor.key.id if visitor.key is not None else None
-        response.headers = response.headers + self.doorkeeper.admit(visitor, record.began)
-        most = self.doorkeeper.check_body(fields)
-        allowed, shortened = self.doorkeeper.timeout(fields)
-        party = self.doorkeeper.party(visitor, fields)
-        record.priority = NAMES[party.rank]
-        self.orchestrator.refuse_if_hopeless(party, visitor.key, record, record.began + allowed)
-        body = await _read_body(asked.receive, most)
-        record.bytes_in, record.received = len(body), trio.current_time()
+        if key is not None:
+            record.key_id = key.id
+        response.headers = response.headers + doorkeeper.admit(visitor, record.began)
+        if head is None:
+            head = doorkeeper.examine(visitor, fields)
+        record.priority = NAMES[head.party.rank]
+        deadline = record.began + head.allowed
+        self.orchestrator.refuse_if_hopeless(head.party, key, record, deadline)
+        body = await _read_body(asked, head.most)
+        record.bytes_in = len(body)
+        if not asked.was_complete:
+            record.received = trio.current_time()
         request = parse_request(ROUTES[record.route], body)
         record.stream = request.stream
-        plan = self.balancer.plan(request, visitor.key)
+        plan = self.balancer.plan(request, key)
         record.model = "" if plan.groups[0].name == AUTO else plan.groups[0].name
         record.route_reason = plan.reason
         return Job(
             request=request,
             plan=plan,
             record=record,
-            tracing=tracing(fields),
-            deadline=record.began + allowed,
-            allowed=allowed,
-            shortened=shortened,
-            party=party,
+            tracing=head.tracing,
+            deadline=deadline,
+            allowed=head.allowed,
+            shortened=head.shortened,
+            party=head.party,
         )
 
     async def _say_goodbye(self, response: ClientResponse, refusal: BadRequest | None) -> None:
@@ -198,6 +203,10 @@ class _Request:
     fields: Fields
     receive: Receive
     exchange: Exchange | None
+    was_complete: bool = attrs.field(init=False)  # before anybody waited for its body
+
+    def __attrs_post_init__(self) -> None:
+        self.was_complete = self.exchange is not None and self.exchange.request.complete
 
     @property
     def refusal(self) -> BadRequest | None:
@@ -205,7 +214,18 @@ class _Request:
         return self.exchange.refusal if self.exchange is not None else None
 
 
-async def _read_body(receive: Receive, most: int) -> bytes:
+async def _read_body(asked: _Request, most: int) -> bytes:
+    if asked.was_complete and asked.exchange is not None:
+        body = asked.exchange.take_body()
+    else:
+        body = await _collect_body(asked.receive, most)
+    if len(body) > most:
+        raise body_too_large(most)
+    return body
+
+
+async def _collect_body(receive: Receive, most: int) -> bytes:
+    """The whole body, or as much of it as tells that it is larger than *most* bytes."""
     message = await receive()
     body: bytes = message.get("body", b"")
     if message.get("more_body"):
@@ -215,8 +235,6 @@ async def _read_body(receive: Receive, most: int) -> bytes:
             pieces.append(message.get("body", b""))
             size += len(pieces[-1])
         body = b"".join(pieces)
-    if len(body) > most:
-        raise body_too_large(most)
     return body
 
 

@@ -290,7 +290,7 @@ class UnifiedAPIGatewayService:
     def _note_end(self, record: RequestRecord) -> None:
         self.metrics.finished(record)
         if self.config.monitoring.access_log:
-            self.log.event(logging.INFO, "request", **access_line(record))
+            self.log.request(access_line(record))
 
     async def _serve_monitoring(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """The application of the second listener: Quart's routes, and known to be asked there."""
@@ -309,7 +309,7 @@ class UnifiedAPIGatewayService:
 
     def _note_answer(self, fields: dict[str, Any]) -> None:
         if self.config.monitoring.access_log:
-            self.log.event(logging.INFO, "request", **fields)
+            self.log.request(fields)
 
     def _note_transition(self, endpoint: Endpoint, transition: Transition) -> None:
         self._breaker_news.set()

@@ -14,9 +14,9 @@ import trio
 
 from citadel_gateway.errors import internal_error
 from citadel_gateway.wire.headers import Headers
-from citadel_gateway.wire.http1_request import IncomingRequest
 from citadel_gateway.wire.http1_response import encode_chunk, encode_response_head
 from citadel_gateway.wire.http1_rules import BadRequest
+from citadel_gateway.wire.incoming_request import IncomingRequest
 
 Message: TypeAlias = dict[str, Any]
 App: TypeAlias = Callable[
@@ -132,6 +132,11 @@ class Exchange:
         """The rest of the body will not come, and the application must not wait for it."""
         if not self.request.complete and not self._finished:
             self.refusal = refusal
+
+    def take_body(self) -> bytes:
+        """The whole body of a request that is complete, instead of :meth:`receive`."""
+        self._body_read = True
+        return self.request.take_body()
 
     async def receive(self) -> Message:
         request = self.request

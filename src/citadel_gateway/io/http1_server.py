@@ -27,9 +27,10 @@ from citadel_gateway.io.departures import MOST_AHEAD, Departures, ReadAhead, soc
 from citadel_gateway.io.http1_exchange import App, Exchange, Fate, Message, http_date
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST
 from citadel_gateway.io.tcp_stream import TcpStream
-from citadel_gateway.wire.http1_request import IncomingRequest, RequestParser
+from citadel_gateway.wire.http1_request import RequestParser
 from citadel_gateway.wire.http1_response import encode_response_head
 from citadel_gateway.wire.http1_rules import BadRequest
+from citadel_gateway.wire.incoming_request import IncomingRequest
 
 _READ = 64 * 1024
 _WRITE = 64 * 1024  # how much a client must take within `write_timeout`

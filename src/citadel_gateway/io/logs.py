@@ -39,18 +39,23 @@ class JsonLog:
 
     def write(self, fields: dict[str, Any]) -> None:
         """Add a line; a time stamp is put in front."""
-        line = _encode({"ts": _now()} | fields)
+        line = _encode({"ts": _now(), **fields})
         if self._size + len(line) > _MOST_PENDING:
             self.dropped += 1
             return
         self._pending.append(line)
         self._size += len(line)
 
+    def request(self, fields: dict[str, Any]) -> None:
+        """A line of the access log."""
+        if self.level <= logging.INFO:
+            self.write({"level": "info", "event": "request", **fields})
+
     def event(self, level: int, event: str, **fields: Any) -> None:
         """A line about the gateway itself."""
         if level >= self.level:
             name = _LEVELS.get(level) or logging.getLevelName(level).lower()
-            self.write({"level": name, "event": event} | fields)
+            self.write({"level": name, "event": event, **fields})
 
     async def flush_for_ever(self) -> NoReturn:
         while True:

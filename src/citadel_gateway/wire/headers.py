@@ -21,13 +21,25 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 
 
 class Fields(dict[bytes, bytes]):
-    """Headers by name, for those who ask for many of them; of several values, the first."""
+    """Headers by name, for those who ask for many of them; of several values, the first.
 
-    __slots__ = ("headers",)
+    *findings* is for whoever has looked at them, and may see them again in the next request of
+    the same connection.
+    """
+
+    __slots__ = ("findings", "headers")
 
     def __init__(self, headers: Headers) -> None:
         super().__init__(reversed(headers))
         self.headers = headers
+        self.findings: object = None
+
+    def with_length(self, value: bytes) -> Fields:
+        """The same but for ``Content-Length``, on which no finding may depend."""
+        name = b"content-length"
+        other = Fields([(n, value if n == name else v) for n, v in self.headers])
+        other.findings = self.findings
+        return other
 
     def values(self, name: bytes) -> list[bytes]:  # type: ignore[override]  # as HTTP has it
         """All values of *name*, in the order received."""

@@ -11,6 +11,7 @@ from collections import deque
 import attrs
 import httptools
 
+from citadel_gateway.wire.familiar_head import FamiliarHead
 from citadel_gateway.wire.headers import Fields, Headers
 from citadel_gateway.wire.http1_rules import (
     VERSIONS,
@@ -19,6 +20,7 @@ from citadel_gateway.wire.http1_rules import (
     check_line,
     says_close,
 )
+from citadel_gateway.wire.incoming_request import IncomingRequest
 
 MAX_TARGET = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024
@@ -27,42 +29,6 @@ _MAX_PENDING = MAX_TARGET + MAX_HEADER_BYTES + 256  # a whole head with its requ
 _MAX_EXTENSIONS = 1024  # bytes around the chunks of one body that are none of its data
 _FRAME = 12  # bytes that a chunk may have around it at no charge: its size and line ends
 _SLICE = 256  # what is fed at once where such bytes must be told from data
-
-
-@attrs.define(eq=False)
-class IncomingRequest:
-    """One request as it arrives: the head at once, the body piece by piece."""
-
-    method: str
-    target: bytes
-    version: str
-    fields: Fields
-    keep_alive: bool
-    has_body: bool
-    content_length: int | None
-    complete: bool = False
-    buffered: int = 0
-    _body: list[bytes] = attrs.field(factory=list, init=False)
-
-    @property
-    def headers(self) -> Headers:
-        return self.fields.headers
-
-    @property
-    def expects_continue(self) -> bool:
-        return self.has_body and b"expect" in self.fields
-
-    def take_body(self) -> bytes:
-        """Everything of the body that has arrived since the last call."""
-        body = self._body
-        data = body[0] if len(body) == 1 else b"".join(body)
-        body.clear()
-        self.buffered = 0
-        return data
-
-    def add(self, data: bytes) -> None:
-        self._body.append(data)
-        self.buffered += len(data)
 
 
 @attrs.define(eq=False)
@@ -82,12 +48,14 @@ class RequestParser:
     _pending: int = attrs.field(default=0, init=False)  # fed since the last sign of progress
     _raw: bytes = attrs.field(default=b"", init=False)  # what is fed, or a head so far
     _line_at: int = attrs.field(default=0, init=False)  # where in it a request line is due
+    _head_size: int = attrs.field(default=0, init=False)  # of the head at its very beginning
     _behind_chunks: bool = attrs.field(default=False, init=False)
     _chunked: bool = attrs.field(default=False, init=False)  # the body that is being read
     _excess: int = attrs.field(default=0, init=False)  # bytes of it that are not data
     _in_head: bool = attrs.field(default=False, init=False)
     _replaying: bool = attrs.field(default=False, init=False)
     _upgrade: bool = attrs.field(default=False, init=False)
+    _familiar: FamiliarHead | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
@@ -103,6 +71,11 @@ class RequestParser:
 
     def feed(self, data: bytes) -> None:
         """Raises :class:`BadRequest`; the parser is of no use afterwards."""
+        if self._familiar is not None and self._current is None and not self._in_head:
+            if (request := self._familiar.repeated(data)) is not None:
+                self.requests.append(request)
+                return
+            self._familiar = None
         try:
             if self._chunked or (self._current is None and b"chunked" in data.lower()):
                 for start in range(0, len(data), _SLICE):
@@ -136,8 +109,10 @@ class RequestParser:
             except httptools.HttpParserError as exc:
                 raise self._error or _explain(exc) from None
         if not self._in_head:
+            if self._head_size and self._line_at == len(self._raw):
+                self._familiar = FamiliarHead.of(self.requests[-1], self._raw[: self._head_size])
             self._line_at = max(0, self._line_at - len(self._raw))
-            self._raw = b""
+            self._raw, self._head_size = b"", 0
         # A header or trailer that never ends is accumulated inside the parser: count what goes in.
         if self._pending > _MAX_PENDING and self._in_head:
             raise BadRequest(431, "the request head is too large")
@@ -185,7 +160,9 @@ class RequestParser:
         if self._upgrade and fields.get(b"upgrade", b"").lower() == b"websocket":
             self._refuse(400, "WebSocket is not served here")
         self._in_head, self._pending, self._chunked = False, 0, chunked
-        self._line_at = self._raw.find(b"\r\n\r\n", self._line_at) + 4 + (content_length or 0)
+        head_ends = self._raw.find(b"\r\n\r\n", self._line_at) + 4
+        self._head_size = 0 if self._line_at else head_ends
+        self._line_at = head_ends + (content_length or 0)
         self._behind_chunks = chunked
         self._current = IncomingRequest(
             method=method.decode("ascii"),
