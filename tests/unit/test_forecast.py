@@ -59,9 +59,9 @@ def test_from_a_few_or_of_an_idle_queue_nothing_is_predicted() -> None:
 def test_the_wait_is_from_the_tenants_place_not_from_the_end_of_the_line() -> None:
     made, line = forecast(room=999, busy=4, seconds=2.0), waiting(100)
 
-    assert made.wait(line, A) == pytest.approx(101 * 0.5)
-    assert made.wait(line, B) == pytest.approx(2 * 0.5)
-    assert made.wait(Line("m", 0.1), A) == pytest.approx(0.5)
+    assert made.wait(line, A) == pytest.approx(100.5 * 0.5)
+    assert made.wait(line, B) == pytest.approx(1.5 * 0.5)
+    assert made.wait(Line("m", 0.1), A) == pytest.approx(0.25)
 
 
 def test_who_would_wait_too_long_is_refused_until_its_turn_is_near_enough() -> None:
@@ -70,10 +70,16 @@ def test_who_would_wait_too_long_is_refused_until_its_turn_is_near_enough() -> N
     refused = made.refusal(line, A, 10.0)
 
     assert isinstance(refused, TooLong)
-    assert (refused.wait, refused.retry_after) == pytest.approx((50.5, 40.5))
+    assert (refused.wait, refused.retry_after) == pytest.approx((50.25, 40.5))
     assert made.refusal(line, B, 10.0) is None
     assert made.refusal(waiting(19), A, 10.0) is None
     assert isinstance(made.refusal(waiting(20), A, 10.0), TooLong)
+
+
+def test_one_slot_that_is_held_for_longer_than_somebody_can_wait_may_yet_be_free_in_time() -> None:
+    made = forecast(room=9, busy=1, seconds=12.0)
+    assert made.refusal(Line("m", 0.1), A, 10.0) is None  # more likely than not
+    assert isinstance(made.refusal(Line("m", 0.1), A, 5.0), TooLong)
 
 
 @pytest.mark.parametrize(("busy", "expected"), [(4, 1.0), (1, 2.0)])

@@ -358,9 +358,9 @@ def test_who_would_be_served_too_late_is_refused_at_once_and_let_in_when_it_was_
 
     with pytest.raises(TooLong) as refused:
         room.enter(ticket(a, party=A), 0.0)
-    assert (refused.value.wait, refused.value.retry_after) == pytest.approx((12.0, 2.0))
+    assert (refused.value.wait, refused.value.retry_after) == pytest.approx((11.0, 2.0))
     with pytest.raises(TooLong):
-        room.enter(ticket(a, party=B, deadline=1.0), 0.0)
+        room.enter(ticket(a, party=B, deadline=0.9), 0.0)
 
     room.leave(holder, GOOD, 2.0)
     room.pump(2.0)

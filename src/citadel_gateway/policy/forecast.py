@@ -54,9 +54,12 @@ class Forecast:
         return pace
 
     def wait(self, line: Line, party: Party) -> float | None:
-        """Seconds until one more request of *party* would have its turn; ``None``: unknown."""
+        """Seconds until one more request of *party* would have its turn; ``None``: unknown.
+
+        The next turn is half an interval away: those who hold the slots are half done.
+        """
         interval = self.pace(line.queue).interval()
-        return None if interval is None else interval * line.places_to(party)
+        return None if interval is None else interval * (line.places_to(party) - 0.5)
 
     def again(self, line: Line, party: Party, within: float) -> float:
         """Seconds until *party* would be let in, if nobody else comes.
