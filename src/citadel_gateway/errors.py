@@ -156,6 +156,15 @@ def queue_timeout(model: str, waited: float, retry_after: float) -> GatewayError
     )  # fmt: skip
 
 
+def queue_too_long(model: str, wait: float, retry_after: float) -> GatewayError:
+    """Refused at once: it would have waited in vain."""
+    return GatewayError(
+        f"A slot for {model!r} would become free in about {wait:.1f} s, later than the request "
+        "can wait.",
+        503, "server_overloaded", "queue_timeout", retry_after=retry_after,
+    )  # fmt: skip
+
+
 def no_healthy_backend(model: str, retry_after: float) -> GatewayError:
     return GatewayError(
         f"No endpoint of {model!r} is available.",

@@ -17,7 +17,8 @@ from citadel_gateway.policy.circuit_breaker import (
 )
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.health_tracker import HealthTracker
-from citadel_gateway.policy.waitroom import Choice, Full, Nobody, Ticket, Waitroom
+from citadel_gateway.policy.priority import Party
+from citadel_gateway.policy.waitroom import Choice, Displaced, Full, Nobody, Ticket, Waitroom
 
 
 @attrs.define(eq=False)
@@ -96,6 +97,26 @@ async def test_without_room_to_wait_there_is_no_waiting(autojump_clock: object) 
 
     with pytest.raises(Full):
         place.admission.enter(place.ticket())
+
+
+async def test_who_loses_its_place_to_another_is_told_at_once(autojump_clock: object) -> None:
+    place = Restaurant(room=1)
+    loser = place.ticket()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: place.dine(0, stay=10))
+        await wait_all_tasks_blocked()
+        place.admission.enter(loser)
+        nursery.start_soon(place.admission.wait, loser, 5.0)
+        await trio.sleep(1)
+        urgent = place.ticket()
+        urgent.party = Party("vip", 1.0, 0)
+        place.admission.enter(urgent)
+        await wait_all_tasks_blocked()
+        told = (loser.outcome, trio.current_time(), len(place.admission._calls))
+        place.admission.leave(urgent, Verdict.NO_OPINION)
+
+    assert told == (Displaced(1.0), 1.0, 0)
+    assert place.is_empty()
 
 
 async def test_patience_ends_at_its_second(autojump_clock: object) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from citadel_gateway.config import ConfigError, load_config, parse
 from citadel_gateway.config.schema import TlsConfig
 from citadel_gateway.config.values import Algorithm, Capability, Engine, LogLevel, Name, Resolve
+from citadel_gateway.policy.priority import Priority
 
 URL = "http://127.0.0.1:8080"
 MINIMAL: dict[str, Any] = {"models": {"m": {"endpoint": URL}}}
@@ -254,6 +255,28 @@ def test_did_you_mean_looks_past_capitals() -> None:
 
     assert problem.endswith("did you mean 'INFO'?")
     assert parse(with_section("monitoring", log_level="INFO")).monitoring.log_level is LogLevel.INFO
+
+
+def test_a_keys_place_in_a_queue_is_a_weight_and_a_class() -> None:
+    key: dict[str, Any] = {"id": "x", "sha256": "0" * 64}
+    plain, chosen = parse(
+        with_section(
+            "security",
+            api_keys=[key, {**key, "id": "y", "weight": 2.5, "max_priority": "interactive"}],
+        )
+    ).security.api_keys
+    bad = {**key, "weight": 0, "max_priority": "Bulk"}
+
+    assert (plain.weight, plain.max_priority) == (1.0, Priority.DEFAULT)
+    assert (chosen.weight, chosen.max_priority) == (2.5, Priority.INTERACTIVE)
+    assert problems(with_section("security", api_keys=[bad])) == [
+        "security.api_keys[0].weight: 0 is not a number above zero",
+        "security.api_keys[0].max_priority: 'Bulk' is not one of system, interactive, default, "
+        "bulk; did you mean 'bulk'?",
+    ]
+    assert problems(with_section("load_balancer", lower_priority_share=1.5)) == [
+        "load_balancer.lower_priority_share: 1.5 is not a number from 0 to 1"
+    ]
 
 
 @pytest.mark.parametrize("raw", [{}, {"models": None}, {"models": {}}, {"models": []}])

@@ -30,7 +30,8 @@ def make_metrics(*endpoints: Endpoint) -> Metrics:
     return Metrics(
         lambda: Levels(
             endpoints=endpoints,
-            queue_depths={"m": 3},
+            queue_depths={("m", "bulk"): 3},
+            queue_waits={"m": 1.5},
             in_flight=1,
             tasks=5,
             connections=2,
@@ -102,7 +103,10 @@ async def test_levels_are_read_for_every_page() -> None:
     assert ("citadel_gateway_in_flight", labels, 5.0) in after
     assert ("citadel_gateway_endpoint_healthy", labels, 1.0) in after
     assert ("citadel_gateway_endpoint_max_concurrent", labels, 7.0) in after
-    assert ("citadel_gateway_queue_depth", (("model", "m"),), 3.0) in after
+    waiting = (("model", "m"), ("priority", "bulk"))
+    assert ("citadel_gateway_queue_depth", waiting, 3.0) in after
+    predicted = "citadel_gateway_queue_predicted_wait_seconds"
+    assert (predicted, (("model", "m"),), 1.5) in after
 
 
 async def test_a_histogram_is_there_under_opentelemetrys_name_as_well() -> None:

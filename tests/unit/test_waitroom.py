@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -19,7 +20,16 @@ from citadel_gateway.policy.circuit_breaker import (
 )
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.health_tracker import HealthTracker
-from citadel_gateway.policy.waitroom import Choice, Full, Nobody, Ticket, Waitroom
+from citadel_gateway.policy.priority import NEWCOMER, Party
+from citadel_gateway.policy.waitroom import (
+    Choice,
+    Displaced,
+    Full,
+    Nobody,
+    Ticket,
+    TooLong,
+    Waitroom,
+)
 
 GOOD, BAD, NO_OPINION = Verdict.GOOD, Verdict.BAD, Verdict.NO_OPINION
 
@@ -37,8 +47,15 @@ def choose(endpoints: Iterable[Endpoint], now: float) -> Choice:
     return None if available else Nobody(1.0)
 
 
-def ticket(*endpoints: Endpoint, queue: str = "m", group: object = None) -> Ticket:
-    return Ticket(queue, group or tuple(e.url for e in endpoints), partial(choose, endpoints))
+def ticket(
+    *endpoints: Endpoint,
+    queue: str = "m",
+    party: Party = NEWCOMER,
+    prompt: int = 0,
+    deadline: float = math.inf,
+) -> Ticket:
+    group = tuple(e.url for e in endpoints)
+    return Ticket(queue, group, partial(choose, endpoints), party, prompt=prompt, deadline=deadline)
 
 
 def enter(room: Waitroom, *tickets: Ticket) -> None:
@@ -224,33 +241,198 @@ def test_an_endpoint_that_refuses_after_all_costs_no_seat() -> None:
     assert (room.taken, a.in_flight) == (0, 0)
 
 
-def test_the_predicted_wait_grows_with_the_queue_and_stays_between_a_second_and_a_minute() -> None:
-    room, a = Waitroom(9, 100), endpoint()
-    tickets = [ticket(a) for _ in range(60)]
-    assert room.retry_after("m") == 1.0
-    enter(room, *tickets)
-    for i, one in enumerate(tickets[:30]):  # one leaves every ten seconds
-        room.leave(one, GOOD, 10.0 * i)
-        room.pump(10.0 * i)
-
-    assert room.retry_after("m") == 60.0
-    assert room.retry_after("other") == 1.0  # one queue says nothing about another
+A, B, C = Party("a"), Party("b"), Party("c")
 
 
-def test_the_predicted_wait_is_what_the_last_in_line_will_wait() -> None:
-    """Four slots of 0.4 seconds drain ten a second, whatever went before."""
-    room, a = Waitroom(9, 200), endpoint(room=4)
-    enter(room, early := ticket(a))
-    room.leave(early, GOOD, 0.0)
-    tickets = [ticket(a) for _ in range(128)]
-    for each in tickets:
-        room.enter(each, 500.0)
-    for i, one in enumerate(tickets[:24]):
-        room.leave(one, GOOD, 500.4 + 0.1 * i)
-        room.pump(500.4 + 0.1 * i)
+def work(room: Waitroom, *tickets: Ticket, seconds: float = 1.0) -> None:
+    """Let as many requests come and go as a prediction needs."""
+    for one in tickets:
+        room.enter(one, 0.0)
+        room.leave(one, GOOD, seconds)
 
-    assert room.depth("m") == 100
-    assert room.retry_after("m") == pytest.approx(10.1)
+
+def drain(room: Waitroom, holder: Ticket, now: float = 1.0) -> list[Ticket]:
+    """One leaves after the other; returns those who were placed, in their order."""
+    served: list[Ticket] = []
+    leaving = [holder]
+    while leaving:
+        room.leave(leaving.pop(), GOOD, now)
+        called = room.pump(now)
+        served += called
+        leaving += called
+    return served
+
+
+def test_tenants_take_turns_however_many_of_their_requests_wait() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    holder = ticket(a)
+    flood, light = [ticket(a, party=A) for _ in range(5)], [ticket(a, party=B) for _ in range(2)]
+    enter(room, holder, *flood, *light)
+
+    assert drain(room, holder) == [flood[0], light[0], flood[1], light[1], *flood[2:]]
+
+
+def test_turns_are_paid_in_tokens() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    holder = ticket(a)
+    long = [ticket(a, party=A, prompt=300) for _ in range(3)]
+    short = [ticket(a, party=B, prompt=100) for _ in range(6)]
+    enter(room, holder, *long, *short)
+
+    assert drain(room, holder) == [long[0], *short[:3], long[1], *short[3:], long[2]]
+
+
+def test_a_request_is_charged_what_it_used_in_the_end() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    holder = ticket(a)
+    wordy = [ticket(a, party=A, prompt=10) for _ in range(3)]
+    terse = [ticket(a, party=B, prompt=10) for _ in range(5)]
+    enter(room, holder, *wordy, *terse)
+
+    room.leave(holder, GOOD, 1.0)
+    assert room.pump(1.0) == [wordy[0]]
+    wordy[0].settle(10, 15)  # two for each token of the answer: 40 in all
+    assert drain(room, wordy[0]) == [*terse[:4], wordy[1], terse[4], wordy[2]]
+
+
+def test_an_answer_is_charged_by_what_the_last_ones_took_until_its_length_is_known() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    enter(room, holder := ticket(a), *(early := [ticket(a, party=A, prompt=10) for _ in range(3)]))
+    room.leave(holder, GOOD, 1.0)
+    for one in early:
+        assert room.pump(1.0) == [one]
+        one.settle(10, 45)
+        room.leave(one, GOOD, 1.0)
+    enter(room, holder := ticket(a, party=C), first := ticket(a, party=A, prompt=10))
+    capped = ticket(a, party=A, prompt=10)
+    capped.answer = 5
+    enter(room, capped)
+    charged = []
+    for leaving, placed in ((holder, first), (first, capped)):
+        room.leave(leaving, GOOD, 1.0)
+        assert room.pump(1.0) == [placed]
+        assert placed.bill is not None
+        charged.append(placed.bill.tokens)
+
+    assert charged == [pytest.approx(100), 20]
+
+
+def test_who_never_had_to_wait_is_charged_nothing() -> None:
+    room, a = Waitroom(9, 99), endpoint()
+    enter(room, one := ticket(a, party=A, prompt=1000))
+    one.settle(1000, 1000)
+
+    assert one.bill is None
+
+
+def test_a_full_queue_makes_room_for_who_has_fewer_waiting() -> None:
+    room, a = Waitroom(9, 3), endpoint()
+    holder, flood = ticket(a), [ticket(a, party=A) for _ in range(3)]
+    enter(room, holder, *flood)
+    with pytest.raises(Full):
+        room.enter(ticket(a, party=A), 0.0)
+
+    enter(room, light := ticket(a, party=B))
+
+    assert room.pump(0.0) == [flood[-1]]
+    assert flood[-1].outcome == Displaced(1.0)
+    assert room.depth("m") == 3
+    room.leave(flood[-1], NO_OPINION, 0.0)
+    assert drain(room, holder) == [flood[0], light, flood[1]]
+
+
+def test_a_queue_with_one_place_gives_it_to_the_higher_class() -> None:
+    room, a = Waitroom(9, 1), endpoint()
+    bulk, urgent = ticket(a, party=Party("a", 1.0, 3)), ticket(a, party=Party("a", 1.0, 1))
+    enter(room, holder := ticket(a), bulk, urgent)
+
+    assert room.pump(0.0) == [bulk]
+    assert isinstance(bulk.outcome, Displaced)
+    assert drain(room, holder) == [urgent]
+
+
+def test_who_would_be_served_too_late_is_refused_at_once_and_let_in_when_it_was_told() -> None:
+    room, a = Waitroom(9, 99, patience=10.0), endpoint()
+    work(room, *(ticket(a) for _ in range(5)), seconds=2.0)
+    enter(room, holder := ticket(a, party=A), *(ticket(a, party=A) for _ in range(5)))
+
+    with pytest.raises(TooLong) as refused:
+        room.enter(ticket(a, party=A), 0.0)
+    assert (refused.value.wait, refused.value.retry_after) == pytest.approx((11.0, 2.0))
+    with pytest.raises(TooLong):
+        room.enter(ticket(a, party=B, deadline=0.9), 0.0)
+
+    room.leave(holder, GOOD, 2.0)
+    room.pump(2.0)
+    room.enter(ticket(a, party=A), 2.0)
+    with pytest.raises(TooLong):
+        room.enter(ticket(a, party=A), 2.0)
+    room.enter(ticket(a, party=B), 2.0)  # its place is near the front
+
+
+def test_there_is_no_hope_if_every_group_would_refuse() -> None:
+    room, a, b = Waitroom(9, 1), endpoint("a"), endpoint("b")
+    groups = [ticket(a).group, ticket(b).group]
+    enter(room, ticket(a, party=A), ticket(a, party=A))
+    assert room.is_hopeless(groups[:1], B, math.inf, 0.0) is not None
+    assert room.is_hopeless(groups, B, math.inf, 0.0) is None
+    assert room.is_hopeless(groups[:1], Party("b", 1.0, 0), math.inf, 0.0) is None
+
+    enter(room, ticket(b, party=A), ticket(b, party=A))
+
+    assert room.is_hopeless(groups, B, math.inf, 0.0) is not None
+    assert room.is_hopeless([], B, math.inf, 0.0) is None
+
+
+def test_for_seats_tenants_take_turns_across_models() -> None:
+    room, a, b = Waitroom(1, 99), endpoint("a", room=9), endpoint("b", room=9)
+    holder = ticket(a, party=A)
+    flood = [ticket(a, queue="a", party=A) for _ in range(4)]
+    light = [ticket(b, queue="b", party=B) for _ in range(2)]
+    enter(room, holder, *flood, *light)
+
+    assert drain(room, holder) == [flood[0], light[0], flood[1], light[1], *flood[2:]]
+
+
+def test_for_seats_a_lower_class_of_another_model_has_its_share() -> None:
+    room, a, b = Waitroom(1, 999), endpoint("a", room=9), endpoint("b", room=9)
+    high, low = Party("a", 1.0, 0), Party("b", 1.0, 3)
+    enter(room, holder := ticket(a))
+    enter(room, *(ticket(a, queue="a", party=high) for _ in range(200)))
+    enter(room, *(ticket(b, queue="b", party=low) for _ in range(50)))
+
+    served = [t.party for t in drain(room, holder)[:110]]
+
+    assert served.count(low) == pytest.approx(10, abs=1)
+
+
+def test_what_was_used_is_remembered_for_a_minute_after_the_last_one_waited() -> None:
+    for later, first in ((30.0, B), (100.0, A)):
+        room, a = Waitroom(9, 99), endpoint()
+        enter(room, holder := ticket(a), *(both := [ticket(a, party=B), ticket(a, party=A)]))
+        assert drain(room, holder) == both
+        both[1].settle(500, 0)  # after its queue is empty
+        holder = ticket(a, party=C)
+        new = [ticket(a, party=A), ticket(a, party=B)]
+        for one in (holder, *new):
+            room.enter(one, later)
+        served = drain(room, holder, later)
+
+        assert served[0].party == first
+
+
+def test_a_request_that_never_had_a_slot_is_new_in_the_queue_that_it_falls_back_to() -> None:
+    room, a, b = Waitroom(9, 1), endpoint("a"), endpoint("b")
+    enter(room, ticket(b), ticket(b))
+    a.health.healthy = False
+    enter(room, one := ticket(a))
+    one.group, one.choose = ticket(b).group, ticket(b).choose
+
+    with pytest.raises(Full):
+        room.move(one, NO_OPINION, 0.0)
+    room.leave(one, NO_OPINION, 0.0)
+
+    assert (room.depth("m"), room.taken) == (1, 1)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -265,20 +447,33 @@ class AnyOrder(RuleBasedStateMachine):
         self.endpoints = [endpoint("a", 1, 2), endpoint("b", 2, 2)]
         self.tickets: list[Ticket] = []
 
-    @rule(which=st.sampled_from([(0,), (1,), (0, 1)]))
-    def enter(self, which: tuple[int, ...]) -> None:
-        new = ticket(*(self.endpoints[i] for i in which), queue=str(which))
+    @rule(
+        which=st.sampled_from([(0,), (1,), (0, 1)]),
+        tenant=st.sampled_from("xyz"),
+        weight=st.sampled_from([1.0, 3.0]),
+        rank=st.sampled_from([1, 2, 3]),
+        prompt=st.sampled_from([1, 100]),
+    )
+    def enter(
+        self, which: tuple[int, ...], tenant: str, weight: float, rank: int, prompt: int
+    ) -> None:
+        group = tuple(self.endpoints[i] for i in which)
+        new = ticket(*group, queue=str(which), party=Party(tenant, weight, rank), prompt=prompt)
+        waiting = self.waiting()
         try:
             self.room.enter(new, self.now)
         except Full:
             self.room.leave(new, NO_OPINION, self.now)
+            assert len([t for t in waiting if t.group == new.group]) >= self.ROOM
         else:
             self.tickets.append(new)
+        self.pump()
 
     @rule(pick=st.integers(0, 9), verdict=st.sampled_from(Verdict))
     def leave(self, pick: int, verdict: Verdict) -> None:
         if self.tickets:
             gone = self.tickets.pop(pick % len(self.tickets))
+            gone.settle(7, 50)
             self.room.leave(gone, verdict, self.now)
             self.room.leave(gone, verdict, self.now)
             self.pump()
@@ -287,18 +482,32 @@ class AnyOrder(RuleBasedStateMachine):
     def move(self, pick: int, verdict: Verdict) -> None:
         placed = [t for t in self.tickets if t.outcome is not None]
         if placed:
-            self.room.move(placed[pick % len(placed)], verdict, self.now)
+            moving = placed[pick % len(placed)]
+            try:
+                self.room.move(moving, verdict, self.now)
+            except Full:
+                assert not moving.returning
+                self.tickets.remove(moving)
+                self.room.leave(moving, verdict, self.now)
             self.pump()
 
     @rule()
     def pump(self) -> None:
-        waiting = [t for t in self.tickets if t.outcome is None]
+        waiting = [t for t in self.waiting() if not t.returning]
         called = self.room.pump(self.now)
-        assert all(t in waiting and t.outcome is not None for t in called)
-        for group in {t.group for t in called}:
-            served = [t.serial for t in called if t.group == group]
-            oldest = sorted(t.serial for t in waiting if t.group == group)[: len(served)]
-            assert served == oldest, "first come, first served"
+        assert len(set(called)) == len(called)
+        assert all(t in self.tickets and t.outcome is not None for t in called)
+        placed = [t for t in called if t in waiting and not isinstance(t.outcome, Displaced)]
+        for kind in {(t.group, t.party) for t in placed}:
+            served = [t.serial for t in placed if (t.group, t.party) == kind]
+            oldest = sorted(t.serial for t in waiting if (t.group, t.party) == kind)
+            assert served == oldest[: len(served)], "a tenant's first come is first served"
+        for each in called:
+            if isinstance(each.outcome, Displaced):
+                self.tickets.remove(each)
+        for each in self.waiting():
+            takes = choose(self.endpoints_of(each), self.now)
+            assert self.room.taken == self.SEATS or takes is None, "waits for nothing"
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 70.0]), index=st.integers(0, 1))
     def time_passes_and_health_flips(self, seconds: float, index: int) -> None:
@@ -306,6 +515,12 @@ class AnyOrder(RuleBasedStateMachine):
         health = self.endpoints[index].health
         health.healthy = not health.healthy
         self.pump()
+
+    def waiting(self) -> list[Ticket]:
+        return [t for t in self.tickets if t.outcome is None]
+
+    def endpoints_of(self, one: Ticket) -> list[Endpoint]:
+        return [e for e in self.endpoints if e.url in str(one.group)]
 
     @invariant()
     def nothing_is_exceeded_or_lost(self) -> None:
@@ -315,8 +530,12 @@ class AnyOrder(RuleBasedStateMachine):
             held = sum(slot.endpoint is each for slot in slots)
             assert each.in_flight == held <= each.max_concurrent
         for queue in {t.queue for t in self.tickets}:
-            depth = sum(t.queue == queue and t.outcome is None for t in self.tickets)
-            assert self.room.depth(queue) == depth
+            mine = [t for t in self.waiting() if t.queue == queue]
+            assert self.room.depth(queue) == len(mine)
+            assert sum(not t.returning for t in mine) <= self.ROOM
+            for rank in range(4):
+                depth = sum(t.party.rank == rank for t in mine)
+                assert self.room.depth(queue, rank) == depth
 
     def teardown(self) -> None:
         for each in self.tickets:
@@ -324,9 +543,13 @@ class AnyOrder(RuleBasedStateMachine):
             self.room.pump(self.now)
         assert self.room.taken == 0
         assert [e.in_flight for e in self.endpoints] == [0, 0]
-        assert self.room._groups == {}
-        assert set(self.room._depths.values()) <= {0}
+        assert not self.room.is_anybody_waiting()
+        lines = [line for _, line in self.room._resting.values()]
+        counters = [lane.fresh.counters for line in lines for lane in line._lanes.values()]
+        for account in [a for c in (self.room._house, *counters) for a in c._accounts.values()]:
+            assert account.waiting == 0
+            assert account.under_way == pytest.approx(0, abs=1e-6)
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(deadline=None, derandomize=True, max_examples=80)
+TestAnyOrder.settings = settings(deadline=None, derandomize=True, max_examples=120)

@@ -12,7 +12,13 @@ import trio
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
 from citadel_gateway.config.schema import LoadBalancerConfig, TimeoutsConfig
 from citadel_gateway.config.values import RetryAmbiguous
-from citadel_gateway.errors import GatewayError, no_healthy_backend, queue_full, queue_timeout
+from citadel_gateway.errors import (
+    GatewayError,
+    no_healthy_backend,
+    queue_full,
+    queue_timeout,
+    queue_too_long,
+)
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.metrics import Metrics
@@ -20,12 +26,14 @@ from citadel_gateway.io.record import Phase, RequestRecord, is_our_finding
 from citadel_gateway.io.stream_relay import Sink
 from citadel_gateway.io.target import Call, Timing
 from citadel_gateway.io.upstream import UpstreamClient, WholeAnswer
+from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
+from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.retry import Retry, RetryBudget
-from citadel_gateway.policy.waitroom import Full, Nobody, Ticket
+from citadel_gateway.policy.waitroom import Displaced, Nobody, Refused, Ticket, TooLong
 from citadel_gateway.wire.headers import Headers
-from citadel_gateway.wire.openai_request import InferenceRequest
+from citadel_gateway.wire.openai_request import AUTO, InferenceRequest
 from citadel_gateway.wire.openai_stream import StreamReader
 
 _CONNECT = 2.0
@@ -39,6 +47,7 @@ class Job:
     :param deadline: in Trio's time; a whole answer or a first token is due by then.
     :param allowed: the same in seconds from its arrival, for messages.
     :param shortened: the client asked for that deadline by header.
+    :param party: whose turn it takes when there is a queue.
     """
 
     request: InferenceRequest
@@ -48,6 +57,7 @@ class Job:
     deadline: float
     allowed: float
     shortened: bool
+    party: Party
 
 
 @attrs.define(eq=False)
@@ -89,9 +99,8 @@ class GatewayOrchestrator:
         ticket = journey.ticket
         try:
             self.admission.enter(ticket)
-        except Full:
-            wait = self.admission.waitroom.retry_after(ticket.queue)
-            raise queue_full(ticket.queue, wait) from None
+        except Refused as refused:
+            raise self._turned_away(ticket.queue, refused) from None
         verdict = Verdict.NO_OPINION
         try:
             while True:
@@ -109,7 +118,34 @@ class GatewayOrchestrator:
                     verdict = Verdict.GOOD
                     return answer
         finally:
+            ticket.settle(job.record.prompt_tokens, job.record.completion_tokens)
             self.admission.leave(ticket, verdict)
+
+    def refuse_if_hopeless(
+        self, party: Party, key: ApiKey | None, record: RequestRecord, deadline: float
+    ) -> None:
+        """Raise the ``GatewayError`` that a request is going to get whatever its body says.
+
+        That is when every queue that it could join is full, and nobody there would have to make
+        room for it, or when its turn would come too late in all of them.
+        """
+        waitroom, now = self.admission.waitroom, trio.current_time()
+        if not waitroom.is_anybody_waiting():
+            return
+        groups = self.balancer.possible_groups(key)
+        refused = waitroom.is_hopeless(groups, party, deadline, now)
+        if refused is not None:
+            record.model = groups[0].name if len(groups) == 1 else ""
+            raise self._turned_away(record.model or AUTO, refused)
+
+    def _turned_away(self, queue: str, refused: Refused) -> GatewayError:
+        match refused:
+            case TooLong(wait=wait):
+                self.metrics.turned_away(queue, "too_long")
+                return queue_too_long(queue, wait, refused.retry_after)
+            case _:
+                self.metrics.turned_away(queue, "full")
+                return queue_full(queue, refused.retry_after)
 
     async def _find_place(self, journey: _Journey) -> Upstream:
         """Wait for a slot on an endpoint of the current group, else of the next one."""
@@ -124,8 +160,14 @@ class GatewayOrchestrator:
                     if journey.failure is not None:
                         raise journey.failure
                     raise no_healthy_backend(ticket.queue, wait)
+                case Displaced(retry_after=wait):
+                    self.metrics.turned_away(ticket.queue, "displaced")
+                    raise queue_full(ticket.queue, wait)
                 case _:
-                    self.admission.move(ticket, Verdict.NO_OPINION)
+                    try:
+                        self.admission.move(ticket, Verdict.NO_OPINION)
+                    except Refused as refused:
+                        raise self._turned_away(ticket.queue, refused) from None
 
     async def _wait_for_slot(self, journey: _Journey) -> None:
         ticket, record = journey.ticket, journey.job.record
@@ -139,7 +181,8 @@ class GatewayOrchestrator:
         except trio.TooSlowError:
             if journey.failure is not None:
                 raise journey.failure from None
-            wait = self.admission.waitroom.retry_after(ticket.queue)
+            self.metrics.turned_away(ticket.queue, "timeout")
+            wait = self.admission.waitroom.retry_after(ticket, trio.current_time())
             raise queue_timeout(ticket.queue, within, wait) from None
         finally:
             record.queue_wait += trio.current_time() - began
@@ -288,10 +331,17 @@ class _Journey:
     ticket: Ticket = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.group = self.groups.pop(0)
-        name = self.group.name
-        nobody: frozenset[Endpoint] = frozenset()
-        self.ticket = Ticket(name, (self.group, nobody), partial(self.group.choose, nobody))
+        self.group = group = self.groups.pop(0)
+        job, request = self.job, self.job.request
+        self.ticket = Ticket(
+            group.name,
+            group,
+            group.choose_any,
+            job.party,
+            request.prompt_tokens,
+            math.inf if request.max_tokens is None else request.max_tokens * request.choices,
+            job.deadline,
+        )
 
     @property
     def later(self) -> tuple[Group, ...]:
@@ -313,7 +363,7 @@ class _Journey:
         """Let the ticket ask for endpoints of the current group that were not tried."""
         tried = frozenset(self.tried)
         self.ticket.queue = self.group.name
-        self.ticket.group = (self.group, tried)
+        self.ticket.group = (self.group, tried) if tried else self.group
         self.ticket.choose = partial(self.group.choose, tried)
 
     def has_somewhere_to_go(self, now: float) -> bool:

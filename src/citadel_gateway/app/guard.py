@@ -18,6 +18,7 @@ from citadel_gateway.errors import (
     unsupported_media_type,
 )
 from citadel_gateway.policy.auth import ApiKey, KeyRing
+from citadel_gateway.policy.priority import CLASSES, RANKS, Party, Priority, rank_named
 from citadel_gateway.policy.rate_limit import (
     Allowance,
     ClientBuckets,
@@ -30,6 +31,7 @@ from citadel_gateway.wire.headers import Fields, Headers, duration_ms, tracing
 _BURST_SECONDS = 5
 _MAX_FORWARDED = 10
 _JSON = b"application/json"
+_DEFAULT = RANKS[Priority.DEFAULT]
 
 
 class Limiter:
@@ -99,6 +101,7 @@ class Findings:
     :param by: who found it: another one, with another configuration, has to look again.
     :param most: bytes that the body may have.
     :param allowed: seconds that the request may take, which the client may have *shortened*.
+    :param party: whose turn it takes in a queue.
     """
 
     by: Doorkeeper
@@ -107,6 +110,7 @@ class Findings:
     allowed: float
     shortened: bool
     tracing: Headers
+    party: Party
 
 
 class Doorkeeper:
@@ -127,6 +131,13 @@ class Doorkeeper:
                 for key in config.security.api_keys
             ]
         )
+        self._parties = {
+            str(key.id): [
+                Party(f"key:{key.id}", key.weight, max(rank, RANKS[key.max_priority]))
+                for rank in range(len(CLASSES))
+            ]
+            for key in config.security.api_keys
+        }
         self._proxies = [ipaddress.ip_network(n) for n in config.security.trusted_proxies]
         self._most_bytes = config.performance.max_body_bytes
         self._allowed = config.performance.request_timeout_seconds
@@ -181,6 +192,7 @@ class Doorkeeper:
             allowed=allowed,
             shortened=shortened,
             tracing=tracing(fields),
+            party=self.party(visitor, fields),
         )
         return found
 
@@ -216,6 +228,18 @@ class Doorkeeper:
                 param="x-citadel-timeout",
             )
         return (seconds, True) if seconds < self._allowed else (self._allowed, False)
+
+    def party(self, visitor: Visitor, fields: Fields) -> Party:
+        """Whose turn the request would take in a queue: its key's, or its client's.
+
+        The class is the highest that the key may have, and ``default`` without a key;
+        ``x-citadel-priority`` can name a lower one.  A name that is unknown means ``default``.
+        """
+        key, asked = visitor.key, fields.get(b"x-citadel-priority")
+        rank = 0 if asked is None else rank_named(asked)
+        if key is None:
+            return Party(visitor.client, 1.0, max(rank, _DEFAULT))
+        return self._parties[key.id][rank]
 
     def _address(self, scope: dict[str, Any], fields: Fields) -> str:
         """The client's address; behind trusted proxies, the last one that is not theirs."""

@@ -114,6 +114,10 @@ class Group:
             return None
         return Nobody(self.next_chance(now))
 
+    def choose_any(self, now: float) -> Choice:
+        """The same while none was tried."""
+        return self.choose((), now)
+
     def preview(self, now: float) -> Endpoint | None:
         """Who would be chosen now, asked of a copy, so that nobody's turn is used up."""
         shared = {id(endpoint): endpoint for endpoint in self.upstreams}
@@ -297,6 +301,21 @@ class LoadBalancer:
         group = self._auto_group(request, key)
         return Plan((group,), f"auto:{self.config.load_balancer.algorithm.value}")
 
+    def possible_groups(self, key: ApiKey | None) -> list[Group]:
+        """All groups that a request of *key* could begin with; none if too many are possible.
+
+        A request that leaves the choice may begin with any set of models, and so, where there is
+        a choice, nothing can be said of all of them.
+        """
+        routing = self.config.gateway
+        if not routing.model_routing_enabled:
+            model = self.resolve(self.config.default_model())
+            return [] if model is None else [self._groups[model.id]]
+        names = [name for name in self._groups if key is None or key.may_use(name)]
+        if routing.intelligent_routing and len(names) > 1:
+            return []
+        return [self._groups[name] for name in names]
+
     def larger_contexts(self, than: str, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         """Those of *groups* that can hold more than the model *than* can."""
         window = self.models[than].config.context_window
@@ -352,6 +371,8 @@ class LoadBalancer:
         return group
 
     def _group_of(self, models: list[Model]) -> Group:
+        if len(models) == 1:
+            return self._groups[models[0].id]  # in one queue with those who ask for it by name
         key = tuple(model.id for model in models)
         group = self._auto_groups.get(key)
         if group is None:

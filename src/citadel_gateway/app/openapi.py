@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from citadel_gateway.app.openapi_schemas import SCHEMAS, Schema, one, ref
+from citadel_gateway.policy.priority import NAMES
 
 ABOUT = (
     "One OpenAI-compatible address in front of your own language-model servers. "
@@ -55,6 +56,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "Seconds to wait at most. It may shorten `request_timeout_seconds`, "
         "never lengthen it.",
         "schema": one("number", exclusiveMinimum=0),
+    },
+    "Priority": {
+        "name": "x-citadel-priority",
+        "in": "header",
+        "description": "The class of the request when there is a queue. It may lower the key's "
+        "`max_priority`, never raise it; without keys, that is `default`.",
+        "schema": one("string", enum=list(NAMES)),
     },
     "Traceparent": {
         "name": "traceparent",
@@ -269,7 +277,7 @@ def generation(
         "operationId": name,
         "tags": ["Generation"],
         "summary": summary,
-        "parameters": [parameter(p) for p in ("RequestId", "Timeout", "Traceparent")],
+        "parameters": [parameter(p) for p in ("RequestId", "Timeout", "Priority", "Traceparent")],
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": ref(request), "example": example}},

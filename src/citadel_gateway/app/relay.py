@@ -20,6 +20,7 @@ from citadel_gateway.errors import GatewayError, body_too_large, draining, inter
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange, ResponseAborted
 from citadel_gateway.io.record import Outcome, Phase, RequestRecord
+from citadel_gateway.policy.priority import NAMES
 from citadel_gateway.wire.headers import Fields, Headers, request_id
 from citadel_gateway.wire.http1_rules import BadRequest
 from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
@@ -145,6 +146,9 @@ class Relay:
         response.headers = response.headers + doorkeeper.admit(visitor, record.began)
         if head is None:
             head = doorkeeper.examine(visitor, fields)
+        record.priority = NAMES[head.party.rank]
+        deadline = record.began + head.allowed
+        self.orchestrator.refuse_if_hopeless(head.party, key, record, deadline)
         body = await _read_body(asked, head.most)
         record.bytes_in = len(body)
         if not asked.was_complete:
@@ -159,9 +163,10 @@ class Relay:
             plan=plan,
             record=record,
             tracing=head.tracing,
-            deadline=record.began + head.allowed,
+            deadline=deadline,
             allowed=head.allowed,
             shortened=head.shortened,
+            party=head.party,
         )
 
     async def _say_goodbye(self, response: ClientResponse, refusal: BadRequest | None) -> None:

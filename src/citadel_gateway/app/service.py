@@ -42,6 +42,7 @@ from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.io.upstream import UpstreamClient
 from citadel_gateway.policy.circuit_breaker import Transition
 from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.priority import NAMES, NEWCOMER
 from citadel_gateway.policy.waitroom import Waitroom
 from citadel_gateway.wire.openai_request import AUTO
 
@@ -91,6 +92,8 @@ class UnifiedAPIGatewayService:
             Waitroom(
                 seats=self.config.performance.max_concurrent_requests,
                 room=self.config.load_balancer.queue_size,
+                patience=self.config.load_balancer.queue_timeout,
+                lower_share=self.config.load_balancer.lower_priority_share,
             ),
             on_transition=self._note_transition,
         )
@@ -401,10 +404,15 @@ class UnifiedAPIGatewayService:
             )
 
     def _levels(self) -> Levels:
-        waitroom = self.admission.waitroom
+        waitroom, queues = self.admission.waitroom, (*self.balancer.models, AUTO)
         return Levels(
             endpoints=tuple(u.endpoint for u in (*self.balancer.upstreams, *self.balancer.leaving)),
-            queue_depths={q: waitroom.depth(q) for q in (*self.balancer.models, AUTO)},
+            queue_depths={
+                (queue, name): waitroom.depth(queue, rank)
+                for queue in queues
+                for rank, name in enumerate(NAMES)
+            },
+            queue_waits={queue: waitroom.wait(queue, NEWCOMER) for queue in queues},
             in_flight=waitroom.taken,
             connections=sum(s.open_connections for s in self._servers),
             tasks=_count_tasks(),

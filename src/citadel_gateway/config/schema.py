@@ -35,6 +35,7 @@ from citadel_gateway.config.values import (
     UrlPath,
     Weight,
 )
+from citadel_gateway.policy.priority import Priority
 
 T = TypeVar("T")
 
@@ -131,8 +132,17 @@ class LoadBalancerConfig:
     circuit_breaker_min_requests: Count = option(
         Count(20), "Requests in the window before the ratio counts."
     )
-    queue_size: Room = option(Room(100), "Requests that may wait for each model.")
+    queue_size: Room = option(
+        Room(100),
+        "Requests that may wait for each model; when it is full, who has most of them waiting "
+        "makes room for who has few.",
+    )
     queue_timeout: Seconds = option(Seconds(10.0), "How long a request may wait for a slot.")
+    lower_priority_share: Ratio = option(
+        Ratio(0.1),
+        "Of the turns in a queue that pass over lower classes, what they get all the same; "
+        "0: none.",
+    )
     max_attempts: Count = option(Count(3), "Endpoints tried for one request.")
     retry_ambiguous: RetryAmbiguous = option(
         RetryAmbiguous.STATELESS,
@@ -296,6 +306,13 @@ class ApiKeyConfig:
     allowed_models: tuple[Name, ...] = option((), "Models it may use; default: all.")
     rate_limit_rps: Rate | None = option(None, "This key's own requests a second.")
     rate_limit_burst: Count | None = option(None, "Default: five seconds' worth.")
+    weight: Weight = option(
+        Weight(1.0), "Its share of a model's tokens when there is a queue, relative to other keys."
+    )
+    max_priority: Priority = option(
+        Priority.DEFAULT,
+        "Class of its requests when there is a queue; x-citadel-priority can only lower it.",
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -31,6 +31,7 @@ def access_line(record: RequestRecord) -> dict[str, Any]:
     fields["stream"] = record.stream
     fields["duration_ms"] = _ms(record.ended - record.began)
     if record.queue_wait:
+        fields["priority"] = record.priority
         fields["queue_ms"] = _ms(record.queue_wait)
     fields["upstream_ms"] = _ms(record.upstream_wait)
     fields["bytes_in"] = record.bytes_in

@@ -24,8 +24,11 @@ class Admission:
     _calls: dict[Ticket, trio.Event] = attrs.field(factory=dict, init=False)
 
     def enter(self, ticket: Ticket) -> None:
-        """Take a place or queue for one.  Raises ``Full``.  Follow with :meth:`wait`."""
-        self.waitroom.enter(ticket, trio.current_time())
+        """Take a place or queue for one.  Raises ``Refused``.  Follow with :meth:`wait`."""
+        waitroom = self.waitroom
+        waitroom.enter(ticket, trio.current_time())
+        if waitroom.displaced:
+            self.pump()
 
     async def wait(self, ticket: Ticket, within: float) -> None:
         """Wait until the ticket's outcome is known.  Raises ``trio.TooSlowError``."""
@@ -39,7 +42,10 @@ class Admission:
             del self._calls[ticket]
 
     def move(self, ticket: Ticket, verdict: Verdict) -> None:
-        """Give up the slot for another; follow with :meth:`wait`."""
+        """Give up the slot for another; follow with :meth:`wait`.
+
+        Raises ``Refused`` if it has to queue and never had a slot.
+        """
         self._settle(ticket, self.waitroom.move, verdict)
 
     def leave(self, ticket: Ticket, verdict: Verdict) -> None:
@@ -48,6 +54,8 @@ class Admission:
 
     def pump(self) -> None:
         """Something may have become free: call whoever can be placed."""
+        if not self.waitroom.is_anybody_waiting():
+            return
         for ticket in self.waitroom.pump(trio.current_time()):
             if ticket in self._calls:
                 self._calls[ticket].set()

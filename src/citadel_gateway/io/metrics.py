@@ -49,7 +49,8 @@ class Levels:
     """What is the case right now."""
 
     endpoints: tuple[Endpoint, ...]
-    queue_depths: dict[str, int]
+    queue_depths: dict[tuple[str, str], int]  # by model and class
+    queue_waits: dict[str, float]  # predicted, by model
     in_flight: int
     connections: int
     tasks: int
@@ -105,7 +106,11 @@ class Metrics:
         )  # fmt: skip
         self._queue_wait = Histograms(
             "citadel_gateway_queue_wait_seconds", "Waiting for a slot, of requests that waited.",
-            ["model"], buckets=_QUEUE,
+            ["model", "priority"], buckets=_QUEUE,
+        )  # fmt: skip
+        self._turned_away = Counters(
+            "citadel_gateway_queue_refusals", "Requests that got no slot for want of room or time.",
+            ["model", "reason"],
         )  # fmt: skip
         self._cancellations = Counters(
             "citadel_gateway_cancellations", "Requests whose client left, by when it left.",
@@ -146,7 +151,7 @@ class Metrics:
         if record.stream and record.status == 200 and record.committed is not None:
             self._first_token.labels(model).observe(record.committed - record.began)
         if record.queue_wait:
-            self._queue_wait.labels(model).observe(record.queue_wait)
+            self._queue_wait.labels(model, record.priority).observe(record.queue_wait)
         if prompt := record.prompt_tokens:
             self._tokens.labels(model, "prompt").inc(prompt)
             self._token_usage.labels(model, "input").observe(prompt)
@@ -160,6 +165,14 @@ class Metrics:
 
     def rejected(self, limit: str) -> None:
         self._rejections.labels(limit).inc()
+
+    def turned_away(self, model: str, reason: str) -> None:
+        """Count a request that a queue refused.
+
+        *reason* is ``full``, ``displaced`` (by somebody with fewer waiting), ``too_long`` (so it
+        was refused at once) or ``timeout`` (it waited).
+        """
+        self._turned_away.labels(model, reason).inc()
 
     def changed(self, endpoint: Endpoint, transition: Transition) -> None:
         self._transitions.labels(endpoint.model, endpoint.url, transition.after.value).inc()
@@ -235,8 +248,9 @@ class Metrics:
     def _families(self) -> tuple[Counters | Histograms, ...]:
         return (
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
-            self._tokens, self._token_usage, self._queue_wait, self._cancellations,
-            self._rejections, self._transitions, self._malformed, self._crashes,
+            self._tokens, self._token_usage, self._queue_wait, self._turned_away,
+            self._cancellations, self._rejections, self._transitions, self._malformed,
+            self._crashes,
         )  # fmt: skip
 
 
@@ -259,8 +273,12 @@ async def _in_slices(pieces: Iterator[str]) -> bytes:
 def _other_gauges(levels: Levels) -> Iterator[str]:
     name = "citadel_gateway_queue_depth"
     yield head(name, "Requests waiting for a slot.", "gauge")
-    for model, waiting in levels.queue_depths.items():
-        yield f"{name}{label_text(('model',), (model,))} {number(waiting)}\n"
+    for labels, waiting in levels.queue_depths.items():
+        yield f"{name}{label_text(('model', 'priority'), labels)} {number(waiting)}\n"
+    name = "citadel_gateway_queue_predicted_wait_seconds"
+    yield head(name, "Wait of a client that has nothing in the queue yet; 0 if unknown.", "gauge")
+    for model, wait in levels.queue_waits.items():
+        yield f"{name}{label_text(('model',), (model,))} {number(wait)}\n"
     for what, doc, value in (
         ("in_flight_requests", "Requests with an endpoint.", levels.in_flight),
         ("client_connections", "Open client connections.", levels.connections),

@@ -90,6 +90,7 @@ class RequestRecord:
     model: str = ""
     endpoint: str = ""
     route_reason: str = ""
+    priority: str = "default"
     attempts: int = 0
     stream: bool = False
     received: float | None = None  # when the whole request was here

@@ -2,175 +2,255 @@
 
 A request needs two things at once: a seat under the global cap and a slot on an endpoint.  Both
 are taken in one step, so nobody holds the one while waiting for the other.  Requests that would
-accept the same endpoints form a group and are served in order of arrival; across groups, the
-oldest that can be placed goes first, so a full model never blocks a free one.
+accept the same endpoints form a group and wait in one line; see :mod:`.line` for the order.
+Across lines the most urgent that can be placed goes first, and among equals the one whose tenant
+had least, so a full model never blocks a free one.
+
+Who comes and would not be served in time is told so at once, and when to come again.
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
-from collections.abc import Callable, Hashable
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from heapq import heapify, heappop, heapreplace
 from typing import TypeAlias
 
 import attrs
 
 from citadel_gateway.policy.circuit_breaker import Transition, Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
+from citadel_gateway.policy.forecast import Forecast, Full, Refused, TooLong
+from citadel_gateway.policy.line import Line
+from citadel_gateway.policy.priority import Party
+from citadel_gateway.policy.ticket import Choice, Displaced, Nobody, Ticket
+from citadel_gateway.policy.virtual_tokens import Counters
 
+__all__ = ["Choice", "Displaced", "Full", "Nobody", "Refused", "Ticket", "TooLong", "Waitroom"]
 
-class Full(Exception):
-    """No slot, and no room to wait for one."""
+_REMEMBERED = 60.0  # seconds that counters outlive the last one who waited
+_MOST_RESTING = 256
 
-
-@attrs.frozen
-class Nobody:
-    """No endpoint will take the request soon; the earliest chance is in *retry_after* seconds."""
-
-    retry_after: float
-
-
-Choice: TypeAlias = "Endpoint | Nobody | None"
-"""An endpoint, or that there is none, or (``None``) that waiting may help."""
-
-
-@attrs.define(eq=False)
-class Ticket:
-    """One request's place, from its arrival to its end.
-
-    :param choose: asked for an endpoint whenever one may have become free; takes ``now``.
-    :param queue: bounds and names the queue it waits in: the model asked for.
-    :param group: tickets of one group would accept the same endpoints.
-    """
-
-    queue: str
-    group: Hashable
-    choose: Callable[[float], Choice]
-    serial: int = attrs.field(default=0, init=False)
-    outcome: Slot | Nobody | None = attrs.field(default=None, init=False)
-    seated: bool = attrs.field(default=False, init=False)
+_Bid: TypeAlias = "tuple[int, bool, float, int, int, Line, Ticket]"
 
 
 @attrs.define(eq=False)
 class Waitroom:
-    """*seats* requests at once with all endpoints together; *room* may wait for each model."""
+    """*seats* requests at once with all endpoints together; *room* may wait in each line.
+
+    :param patience: seconds that somebody may wait.
+    :param lower_share: of the turns that pass over lower classes, what they get.
+    :param displaced: those who lost their places since the last :meth:`pump`.
+    """
 
     seats: int
     room: int
+    patience: float = math.inf
+    lower_share: float = 0.1
     taken: int = attrs.field(default=0, init=False)
-    _groups: dict[Hashable, deque[Ticket]] = attrs.field(factory=dict, init=False)
-    _depths: dict[str, int] = attrs.field(factory=dict, init=False)
+    displaced: list[Ticket] = attrs.field(factory=list, init=False)
+    _lines: dict[Hashable, Line] = attrs.field(factory=dict, init=False)  # that are not empty
+    _resting: OrderedDict[Hashable, tuple[float, Line]] = attrs.field(
+        factory=OrderedDict, init=False
+    )
+    _house: Counters = attrs.field(factory=Counters, init=False)  # of all lines together
     _serial: int = attrs.field(default=0, init=False)
-    _paces: dict[str, Pace] = attrs.field(factory=dict, init=False)
+    _forecast: Forecast = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._forecast = Forecast(self.room)
 
     def enter(self, ticket: Ticket, now: float) -> None:
-        """Place *ticket*, or queue it; its ``outcome`` tells which.  Raises :class:`Full`."""
+        """Place *ticket*, or queue it; its ``outcome`` tells which.  Raises :class:`Refused`."""
         self._serial += 1
         ticket.serial = self._serial
-        if self.taken < self.seats and ticket.group not in self._groups:
+        if self.taken < self.seats and ticket.group not in self._lines:
             ticket.outcome = self._place(ticket, now)
             if ticket.outcome is not None:
                 return
-        if self.depth(ticket.queue) >= self.room:
-            raise Full
-        self._enqueue(ticket)
+        self._queue(ticket, now)
 
     def move(self, ticket: Ticket, verdict: Verdict, now: float) -> Transition | None:
         """Leave the slot for another one, as ``choose`` now says; the seat is kept if possible.
 
         A request that failed over keeps its age: it does not queue behind those that came later.
+        One that never had a slot is as good as new, and may be refused: raises :class:`Refused`.
         """
         slot = ticket.outcome
-        transition = slot.close(verdict, now) if isinstance(slot, Slot) else None
+        self._stand_up(ticket, now)
         ticket.outcome = None
-        if ticket.seated:
-            self.taken -= 1
-            ticket.seated = False
+        if not isinstance(slot, Slot) and not ticket.returning:
+            self.enter(ticket, now)
+            return None
+        ticket.returning = True
+        transition = slot.close(verdict, now) if isinstance(slot, Slot) else None
         ticket.outcome = self._place(ticket, now) if self.taken < self.seats else None
         if ticket.outcome is None:
-            self._enqueue(ticket)
+            self._line_of(ticket, now).push(ticket, None)
         return transition
 
     def leave(self, ticket: Ticket, verdict: Verdict, now: float) -> Transition | None:
         """Give up whatever *ticket* holds, in whatever state it is.  :meth:`pump` afterwards."""
         slot = ticket.outcome
         if slot is None:
-            self._dequeue(ticket)
+            self._dequeue(ticket, now)
             return None
-        if ticket.seated:
-            ticket.seated = False
-            self.taken -= 1
-            self._pace(ticket.queue).departed(now, somebody_waits=self.depth(ticket.queue) > 0)
+        self._stand_up(ticket, now)
+        if ticket.bill is not None:
+            ticket.bill.close()
         return slot.close(verdict, now) if isinstance(slot, Slot) else None
 
     def pump(self, now: float) -> list[Ticket]:
         """Place whoever can be placed; returns those whose ``outcome`` is now known."""
-        called: list[Ticket] = []
-        if not self._groups:
+        called, self.displaced = self.displaced, []
+        if not self._lines or self.taken >= self.seats:
             return called
-        while ticket := self._next(now):
-            self._dequeue(ticket)
+        bids = [_bid(line) for line in self._lines.values()]
+        heapify(bids)
+        stuck: list[Line] = []  # whom nobody can take
+        rank = math.inf  # of the most urgent who was placed
+        while bids and self.taken < self.seats:
+            bid = bids[0]
+            line, ticket = bid[-2:]
+            ticket.outcome = self._place(ticket, now)
+            if ticket.outcome is None:
+                stuck.append(heappop(bids)[-2])
+                continue
             called.append(ticket)
+            if isinstance(ticket.outcome, Slot):
+                rank = min(rank, ticket.party.rank)
+                self._serve(ticket, line, now)
+            else:
+                self._dequeue(ticket, now)
+            if line.depth:
+                heapreplace(bids, _bid(line))
+            else:
+                heappop(bids)
+        for line in (*stuck, *(bid[-2] for bid in bids)):
+            line.passed_over(rank)
         return called
 
-    def depth(self, queue: str) -> int:
-        return self._depths.get(queue, 0)
+    def is_anybody_waiting(self) -> bool:
+        """Whether :meth:`pump` could have anything to do."""
+        return bool(self._lines or self.displaced)
 
-    def retry_after(self, queue: str) -> float:
-        """Seconds until somebody at the end of *queue* would be served, at the present pace."""
-        return min(60.0, max(1.0, (self.depth(queue) + 1) * self._pace(queue).seconds))
+    def depth(self, queue: str, rank: int | None = None) -> int:
+        """How many wait in *queue*, of one class or of all."""
+        lines = [line for line in self._lines.values() if line.queue == queue]
+        return sum(line.depth if rank is None else line.depth_of(rank) for line in lines)
 
-    def _pace(self, queue: str) -> Pace:
-        return self._paces.setdefault(queue, Pace())
+    def retry_after(self, ticket: Ticket, now: float) -> float:
+        """Seconds until a request like *ticket* would be let in, at the present pace."""
+        line = self._lines.get(ticket.group) or Line(ticket.queue, self.lower_share)
+        return self._forecast.again(line, ticket.party, self._left(ticket.deadline, now))
 
-    def _next(self, now: float) -> Ticket | None:
-        if self.taken >= self.seats:
-            return None
-        for ticket in sorted((q[0] for q in self._groups.values()), key=lambda t: t.serial):
-            ticket.outcome = self._place(ticket, now)
-            if ticket.outcome is not None:
-                return ticket
-        return None
+    def wait(self, queue: str, party: Party) -> float:
+        """Seconds that *party* would wait in *queue*, in its longest line; 0 if unknown."""
+        lines = (line for line in self._lines.values() if line.queue == queue)
+        return max((self._forecast.wait(line, party) or 0.0 for line in lines), default=0.0)
+
+    def is_hopeless(
+        self, groups: Iterable[Hashable], party: Party, deadline: float, now: float
+    ) -> Refused | None:
+        """Why *party* would be refused in every one of *groups*; ``None`` if one may take it.
+
+        :param groups: all that a request could belong to.
+        """
+        within, soonest = self._left(deadline, now), None
+        for group in groups:
+            line = self._lines.get(group)
+            if line is None:
+                return None  # nobody waits, so there may be a slot
+            refused = self._forecast.refusal(line, party, within)
+            if refused is None:
+                return None
+            if soonest is None or refused.retry_after < soonest.retry_after:
+                soonest = refused
+        return soonest
+
+    def _left(self, deadline: float, now: float) -> float:
+        return min(self.patience, deadline - now)
+
+    def _queue(self, ticket: Ticket, now: float) -> None:
+        line, party = self._line_of(ticket, now), ticket.party
+        within = self._left(ticket.deadline, now)
+        if refused := self._forecast.refusal(line, party, within):
+            self._rest_if_empty(ticket.group, line, now)
+            raise refused
+        victim = line.newest_unfair(party) if line.depth >= self.room else None
+        pace = self._forecast.pace(ticket.queue)
+        for holder in pace.unbilled:
+            line.bill(holder, self._house.account(holder.party))
+        pace.unbilled.clear()
+        line.push(ticket, self._house.join(party))
+        if victim is not None:
+            self._dequeue(victim, now)
+            victim.outcome = Displaced(self.retry_after(victim, now))
+            self.displaced.append(victim)
 
     def _place(self, ticket: Ticket, now: float) -> Slot | Nobody | None:
         match ticket.choose(now):
             case Endpoint() as endpoint:
                 slot = Slot.take(endpoint, now)
                 self.taken += 1
-                ticket.seated = True
+                pace = self._forecast.pace(ticket.queue)
+                pace.busy += 1
+                if ticket.bill is None:
+                    pace.unbilled[ticket] = None
+                ticket.pace, ticket.since = pace, now
                 return slot
             case nobody:
                 return nobody
 
-    def _enqueue(self, ticket: Ticket) -> None:
-        # By age, not at the end: see `move`.
-        insort(self._groups.setdefault(ticket.group, deque()), ticket, key=lambda t: t.serial)
-        self._depths[ticket.queue] = self.depth(ticket.queue) + 1
+    def _stand_up(self, ticket: Ticket, now: float) -> None:
+        pace = ticket.pace
+        if pace is not None:
+            pace.ended(now - ticket.since)
+            pace.unbilled.pop(ticket, None)
+            ticket.pace = None
+            self.taken -= 1
 
-    def _dequeue(self, ticket: Ticket) -> None:
-        waiting = self._groups.get(ticket.group)
-        if waiting is None or ticket not in waiting:
+    def _line_of(self, ticket: Ticket, now: float) -> Line:
+        """The line of its group; as it was before, if that was a short while ago."""
+        line = self._lines.get(ticket.group)
+        if line is None:
+            since, line = self._resting.pop(ticket.group, (-math.inf, None))
+            if line is None or now - since > _REMEMBERED:
+                line = Line(ticket.queue, self.lower_share)
+            self._lines[ticket.group] = line
+        return line
+
+    def _rest_if_empty(self, group: Hashable, line: Line, now: float) -> None:
+        if line.depth:
             return
-        waiting.remove(ticket)
-        if not waiting:
-            del self._groups[ticket.group]
-        self._depths[ticket.queue] -= 1
+        del self._lines[group]
+        line.owed = 0.0
+        if line.keeps_accounts():
+            self._resting[group] = (now, line)
+            if len(self._resting) > _MOST_RESTING:
+                self._resting.popitem(last=False)
+
+    def _serve(self, ticket: Ticket, line: Line, now: float) -> None:
+        if not ticket.returning and ticket.bill is not None:
+            self._house.serve(ticket.bill.house)
+        line.serve(ticket)
+        self._rest_if_empty(ticket.group, line, now)
+
+    def _dequeue(self, ticket: Ticket, now: float) -> None:
+        line = ticket.line
+        if line is None:
+            return
+        if not ticket.returning and ticket.bill is not None:
+            self._house.quit(ticket.bill.house)
+        line.remove(ticket)
+        self._rest_if_empty(ticket.group, line, now)
 
 
-@attrs.define
-class Pace:
-    """How fast a queue drains: seconds between two departures, while somebody waits for them.
-
-    Gaps in which nobody waited say nothing, so a new busy period begins with the old average.
-    """
-
-    seconds: float = 0.1
-    _measured: bool = attrs.field(default=False, init=False)
-    _last: float | None = attrs.field(default=None, init=False)
-
-    def departed(self, now: float, *, somebody_waits: bool) -> None:
-        if self._last is not None:
-            gap = min(60.0, now - self._last)
-            self.seconds += (0.1 if self._measured else 1.0) * (gap - self.seconds)
-            self._measured = True
-        self._last = now if somebody_waits else None
+def _bid(line: Line) -> _Bid:
+    """How the head of *line* compares with others; the lowest goes first."""
+    ticket, urgency = line.first(), line.urgency()
+    if ticket.returning or ticket.bill is None:
+        return urgency, False, 0.0, 0, ticket.serial, line, ticket
+    house = ticket.bill.house
+    return urgency, True, house.counter, house.turn, ticket.serial, line, ticket
