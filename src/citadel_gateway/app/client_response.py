@@ -93,11 +93,21 @@ class ClientResponse:
         )
         await self._answer(error.status, headers, error.body())
 
+    async def start_early(self, data: bytes) -> None:
+        """Send the head of a stream of which nothing is there yet."""
+        await self._begin(self._commit(200), data)
+
     async def start(self, data: bytes) -> None:
-        """Commit a stream: its head and its first events."""
-        headers = _EVENTS + self._commit(200)
+        """Commit a stream: its head, unless that was sent early, and its first events."""
+        if self.started:
+            self.record.commit(200, trio.current_time())
+            await self.write(data)
+        else:
+            await self._begin(self._commit(200), data)
+
+    async def _begin(self, headers: Headers, data: bytes) -> None:
         self.record.bytes_out += len(data)
-        await self.client.begin(200, headers, data)
+        await self.client.begin(200, _EVENTS + headers, data)
 
     async def write(self, data: bytes) -> None:
         self.record.bytes_out += len(data)

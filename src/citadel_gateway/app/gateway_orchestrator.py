@@ -10,7 +10,8 @@ import attrs
 import trio
 
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
-from citadel_gateway.config.schema import LoadBalancerConfig, TimeoutsConfig
+from citadel_gateway.app.rescue import Rescue, is_worth_continuing
+from citadel_gateway.config.schema import LoadBalancerConfig, StreamingConfig, TimeoutsConfig
 from citadel_gateway.config.values import RetryAmbiguous
 from citadel_gateway.errors import (
     GatewayError,
@@ -21,6 +22,7 @@ from citadel_gateway.errors import (
 )
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.failures import UpstreamFailure
+from citadel_gateway.io.keep_alive import kept_alive
 from citadel_gateway.io.metrics import Metrics
 from citadel_gateway.io.record import Phase, RequestRecord, is_our_finding
 from citadel_gateway.io.stream_relay import Sink
@@ -30,8 +32,10 @@ from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.priority import Party
-from citadel_gateway.policy.retry import Retry, RetryBudget
+from citadel_gateway.policy.retry import Judgement, Retry, RetryBudget
 from citadel_gateway.policy.waitroom import Displaced, Nobody, Refused, Ticket, TooLong
+from citadel_gateway.wire.continuation import Continuation, may_be_continued
+from citadel_gateway.wire.delivered import Delivered
 from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest
 from citadel_gateway.wire.openai_stream import StreamReader
@@ -81,6 +85,10 @@ class GatewayOrchestrator:
         self.budget = RetryBudget(balancing.retry_budget_ratio, balancing.retry_budget_floor)
 
     @property
+    def _streaming(self) -> StreamingConfig:
+        return self.balancer.config.streaming
+
+    @property
     def _balancing(self) -> LoadBalancerConfig:
         return self.balancer.config.load_balancer
 
@@ -101,25 +109,34 @@ class GatewayOrchestrator:
             self.admission.enter(ticket)
         except Refused as refused:
             raise self._turned_away(ticket.queue, refused) from None
-        verdict = Verdict.NO_OPINION
+        early = self._streaming.keep_alive_before_first_token
         try:
-            while True:
-                upstream = await self._find_place(journey)
-                try:
-                    answer = await self._attempt(upstream, journey, sink)
-                except UpstreamFailure as failure:
-                    verdict = failure.judgement.verdict
-                    self._learn(upstream, failure)
-                    if not self._may_go_on(journey, upstream, failure):
-                        raise
-                    self.admission.move(ticket, verdict)
-                    verdict = Verdict.NO_OPINION
-                else:
-                    verdict = Verdict.GOOD
-                    return answer
+            if early is not None and job.request.stream:
+                travel = partial(self._travel, journey)
+                return await kept_alive(sink, early, travel, begun=False)
+            return await self._travel(journey, sink)
         finally:
             ticket.settle(job.record.prompt_tokens, job.record.completion_tokens)
-            self.admission.leave(ticket, verdict)
+            self.admission.leave(ticket, journey.verdict)
+
+    async def _travel(self, journey: _Journey, sink: Sink) -> WholeAnswer | None:
+        while True:
+            upstream = await self._find_place(journey)
+            try:
+                answer = await self._attempt(upstream, journey, sink)
+            except UpstreamFailure as failure:
+                journey.verdict = failure.judgement.verdict
+                self._learn(upstream, failure)
+                if not self._may_go_on(journey, upstream, failure):
+                    raise journey.cause(failure) from None
+                self.admission.move(journey.ticket, journey.verdict)
+                journey.verdict = Verdict.NO_OPINION
+                if failure.committed:
+                    travel = partial(self._travel, journey)
+                    return await kept_alive(sink, self._streaming.keep_alive, travel, begun=True)
+            else:
+                journey.verdict = Verdict.GOOD
+                return answer
 
     def refuse_if_hopeless(
         self, party: Party, key: ApiKey | None, record: RequestRecord, deadline: float
@@ -195,9 +212,11 @@ class GatewayOrchestrator:
         record.attempts += 1
         journey.asked_usage = upstream.asks_usage
         model = self.balancer.models[endpoint.model].config
+        continuation = journey.continuation(upstream)
+        request = job.request if continuation is None else continuation.request
         call = Call(
-            request=job.request,
-            body=job.request.body_for(
+            request=request,
+            body=request.body_for(
                 model.upstream_model or endpoint.model, ask_usage=upstream.asks_usage
             ),
             request_id=record.request_id,
@@ -205,10 +224,13 @@ class GatewayOrchestrator:
             fresh=journey.needs_fresh,
         )
         timing = self._timing(job, model.timeouts)
+        if continuation is not None:
+            self.metrics.continued(endpoint.model, continuation.way.value)
+            timing = attrs.evolve(timing, total=record.began + timing.total - trio.current_time())
         began, result = trio.current_time(), "cancelled"
         try:
             if job.request.stream:
-                await self._relay(upstream, call, timing, record, sink)
+                await self._relay(upstream, call, timing, journey, sink)
                 answer = None
             else:
                 answer = await self.client.ask(upstream.target, call, timing, record)
@@ -220,22 +242,42 @@ class GatewayOrchestrator:
             raise
         finally:
             self.metrics.attempted(endpoint, result)
-        now = trio.current_time()
-        endpoint.latency.observe((record.committed or now) - began, now)
+        if continuation is None:
+            now = trio.current_time()
+            endpoint.latency.observe((record.committed or now) - began, now)
         return answer
 
     async def _relay(
-        self, upstream: Upstream, call: Call, timing: Timing, record: RequestRecord, sink: Sink
+        self, upstream: Upstream, call: Call, timing: Timing, journey: _Journey, sink: Sink
     ) -> None:
-        reader = StreamReader(expected=call.request.choices)
+        record, continuation = journey.job.record, journey.continuation(upstream)
+        reader = StreamReader(expected=call.request.choices, delivered=self._memory(journey))
+        seam = None if continuation is None else continuation.make_seam()
         try:
-            await self.client.relay(upstream.target, call, timing, record, sink, reader)
+            await self.client.relay(upstream.target, call, timing, record, sink, reader, seam)
+        except UpstreamFailure as failure:
+            if failure.committed:
+                journey.delivered = reader.delivered
+            raise
         finally:
-            usage = reader.final_usage()
+            usage = reader.final_usage() if seam is None else seam.usage(reader.final_usage())
             record.prompt_tokens = usage.prompt_tokens
             record.completion_tokens = usage.completion_tokens
             if reader.malformed:
                 self.metrics.malformed(upstream.endpoint.model, reader.malformed)
+
+    def _memory(self, journey: _Journey) -> Delivered | None:
+        """For the text of a stream, if there is anybody who could go on with it."""
+        if journey.delivered is not None:
+            return journey.delivered.copy()
+        streaming, request = self._streaming, journey.job.request
+        if (
+            not streaming.continue_broken
+            or len(journey.group.upstreams) < 2
+            or not may_be_continued(request)
+        ):
+            return None
+        return Delivered(streaming.continue_max_bytes)
 
     def _learn(self, upstream: Upstream, failure: UpstreamFailure) -> None:
         now = trio.current_time()
@@ -247,9 +289,14 @@ class GatewayOrchestrator:
     def _may_go_on(self, journey: _Journey, upstream: Upstream, failure: UpstreamFailure) -> bool:
         """Whether to ask somebody else after *failure*; if so, the journey is set on its way."""
         job, now = journey.job, trio.current_time()
-        if failure.committed or now >= job.deadline:
+        if failure.committed:
+            if self._may_continue(journey, upstream, failure, now):
+                return True
+            self.metrics.continued(upstream.endpoint.model, "none")
             return False
-        journey.failure = failure
+        if now >= job.deadline:
+            return False
+        journey.failure = journey.cause(failure)
         if failure.stale:
             return self._may_go_on_after_stale(journey, upstream, now)
         if job.record.attempts >= self._balancing.max_attempts:
@@ -258,6 +305,9 @@ class GatewayOrchestrator:
             upstream.asks_usage = False  # once more, with what it understands
             journey.aim()
             return True
+        if journey.rescue is not None and journey.rescue.may_replay_instead(upstream, failure):
+            journey.aim()
+            return self._can_afford(failure, now)
         if failure.error.code == "context_length_exceeded":
             journey.keep_only(self.balancer.larger_contexts(upstream.endpoint.model, journey.later))
             return bool(journey.later) and self._can_afford(failure, now) and journey.next_group()
@@ -268,6 +318,27 @@ class GatewayOrchestrator:
                 return False
         journey.tried.add(upstream.endpoint)
         journey.aim()
+        return journey.has_somewhere_to_go(now) and self._can_afford(failure, now)
+
+    def _may_continue(
+        self, journey: _Journey, upstream: Upstream, failure: UpstreamFailure, now: float
+    ) -> bool:
+        """Whether somebody else may go on with a stream of which the client has some already."""
+        job, delivered, endpoint = journey.job, journey.delivered, upstream.endpoint
+        if (
+            delivered is None
+            or not is_worth_continuing(failure)
+            or job.record.attempts >= self._balancing.max_attempts
+        ):
+            return False
+        rescue = Rescue(job.request, delivered, failure)
+        journey.rescue, journey.failure = rescue, failure
+        journey.tried |= {endpoint, *rescue.unfit(journey.group, endpoint.model)}
+        journey.keep_only(())
+        journey.repeated = False
+        journey.aim()
+        # A stream that has begun has left its deadline behind; its next token is due as the first.
+        journey.job = attrs.evolve(job, deadline=now + job.allowed)
         return journey.has_somewhere_to_go(now) and self._can_afford(failure, now)
 
     def _may_go_on_after_stale(self, journey: _Journey, upstream: Upstream, now: float) -> bool:
@@ -327,6 +398,9 @@ class _Journey:
     needs_fresh: bool = attrs.field(default=False, init=False)  # a connection, not an old one
     asked_usage: bool = attrs.field(default=False, init=False)  # by our own `stream_options`
     failure: UpstreamFailure | None = attrs.field(default=None, init=False)
+    verdict: Verdict = attrs.field(default=Verdict.NO_OPINION, init=False)  # of whom it is with
+    delivered: Delivered | None = attrs.field(default=None, init=False)  # by a stream that broke
+    rescue: Rescue | None = attrs.field(default=None, init=False)
     group: Group = attrs.field(init=False)
     ticket: Ticket = attrs.field(init=False)
 
@@ -342,6 +416,20 @@ class _Journey:
             math.inf if request.max_tokens is None else request.max_tokens * request.choices,
             job.deadline,
         )
+
+    def cause(self, failure: UpstreamFailure) -> UpstreamFailure:
+        """What to tell the client when *failure* is the last: why its stream broke, if it did."""
+        return failure if self.rescue is None else self.rescue.failure
+
+    def continuation(self, upstream: Upstream) -> Continuation | None:
+        """What is sent to *upstream* instead of the request, if that broke in mid-stream."""
+        if self.rescue is None:
+            return None
+        found = self.rescue.continuation(upstream)
+        if found is None:  # it has only just come to be known
+            error = self.rescue.failure.error
+            raise UpstreamFailure(error, Judgement(Retry.NEVER, Verdict.NO_OPINION))
+        return found
 
     @property
     def later(self) -> tuple[Group, ...]:

@@ -14,7 +14,7 @@ import trio
 
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.config.schema import EndpointConfig, ModelConfig
-from citadel_gateway.config.values import Capability, Resolve
+from citadel_gateway.config.values import Capability, Engine, Resolve
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
 from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
@@ -41,6 +41,7 @@ class Upstream:
     endpoint: Endpoint
     target: Target
     probe: Probe
+    engine: Engine = Engine.AUTO
     asks_usage: bool = True  # until it has refused `stream_options`
 
 
@@ -421,6 +422,7 @@ class LoadBalancer:
             endpoint=endpoint,
             target=Target.of(config.url, config.api_key, origin),
             probe=Probe.of(config.url, engine.value, config.api_key, origin),
+            engine=engine,
         )
 
     def _breaker_policy(self) -> BreakerPolicy:

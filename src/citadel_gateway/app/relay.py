@@ -19,7 +19,7 @@ from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.errors import GatewayError, body_too_large, draining, internal_error
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange, ResponseAborted
-from citadel_gateway.io.record import Outcome, Phase, RequestRecord
+from citadel_gateway.io.record import Outcome, RequestRecord
 from citadel_gateway.policy.priority import NAMES
 from citadel_gateway.wire.headers import Fields, Headers, request_id
 from citadel_gateway.wire.http1_rules import BadRequest
@@ -128,6 +128,8 @@ class Relay:
             if answer is not None:
                 await response.whole(answer.body)
         except GatewayError as error:
+            if response.started:  # for the sake of a comment, so that nobody hung up on us
+                await response.break_off(error, Outcome.STREAM_BROKEN)
             await response.error(error)
         except UpstreamFailure as failure:
             if response.started:
@@ -188,7 +190,7 @@ class Relay:
         with trio.move_on_after(_LAST_WORDS, shield=True):
             if not response.started:
                 await response.error(draining())
-            elif record.stream and record.phase is Phase.STREAMING:
+            elif record.stream and not response.ending:
                 try:
                     await response.break_off(draining(), Outcome.DRAINING)
                 except ResponseAborted:

@@ -284,6 +284,26 @@ class PerformanceConfig:
 
 
 @attrs.frozen(kw_only=True)
+class StreamingConfig:
+    """What becomes of streams that break, and of clients who wait for theirs."""
+
+    continue_broken: bool = option(
+        True, "Another endpoint of the model goes on with a stream whose first one has failed."
+    )
+    continue_max_bytes: Count = option(
+        Count(256 * 1024), "Text remembered of each stream for it; a longer one is not continued."
+    )
+    keep_alive: Seconds | None = option(
+        Seconds(10.0), "Between comments to a client whose stream is about to be continued."
+    )
+    keep_alive_before_first_token: Seconds | None = option(
+        None,
+        "Between comments to a client who waits for its first token.  The first of them sends the "
+        "head, with status 200: failures after it are errors in the stream.",
+    )
+
+
+@attrs.frozen(kw_only=True)
 class MonitoringConfig:
     """Metrics, health and logs."""
 
@@ -346,6 +366,7 @@ class GatewayConfigSchema:
     load_balancer: LoadBalancerConfig = option(LoadBalancerConfig(), "Which endpoint answers.")
     models: dict[Name, ModelConfig] = required("The models, by the name clients ask for.")
     performance: PerformanceConfig = option(PerformanceConfig(), "Limits of the whole gateway.")
+    streaming: StreamingConfig = option(StreamingConfig(), "Streams that break or keep silent.")
     monitoring: MonitoringConfig = option(MonitoringConfig(), "Metrics, health and logs.")
     security: SecurityConfig = option(SecurityConfig(), "Keys, CORS and proxies.")
 

@@ -132,8 +132,16 @@ class Attempt:
         else:
             self._deadline.due = due  # later than it was, so nobody need be told
 
+    def pause_clock(self) -> None:
+        """Somebody else's turn to be slow: the client's.  Until :meth:`expect_more`.
+
+        If the clock has struck in this very tick, that is when it is raised: what the upstream has
+        said until then belongs to the client, if it has been given anything.
+        """
+        self._paused = True
+
     def stop_clock(self) -> None:
-        """Somebody else's turn to be slow: the client's.  Until :meth:`expect_more`."""
+        """The same before the client is given anything."""
         self._paused = True
         if self._struck:
             raise self._timed_out()

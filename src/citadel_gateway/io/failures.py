@@ -17,6 +17,7 @@ from citadel_gateway.wire.headers import Headers, first
 from citadel_gateway.wire.http1_response import CutShort
 from citadel_gateway.wire.openai_answer import EngineError, parse_error
 from citadel_gateway.wire.retry_after import parse_retry_after
+from citadel_gateway.wire.seam import Diverged
 
 
 @attrs.define(eq=False)
@@ -51,6 +52,9 @@ def from_exception(exc: Exception, *, sent: bool) -> UpstreamFailure:
         case EngineError():
             judgement = judge_status(exc.status, has_retry_after=False)
             return UpstreamFailure(_client_error(exc.status, exc, None), judgement)
+        case Diverged():
+            judgement = Judgement(Retry.NEVER, Verdict.NO_OPINION)
+            return UpstreamFailure(upstream_failed(str(exc), _PROTOCOL), judgement)
         case ssl.SSLError():
             return UpstreamFailure(upstream_failed(f"TLS failed: {exc}", _CONNECTION), judgement)
         case OSError() if is_our_own_lack(exc):

@@ -128,6 +128,11 @@ class Metrics:
             "citadel_gateway_malformed_events", "Events that were not JSON, dropped.",
             ["model"],
         )  # fmt: skip
+        self._continuations = Counters(
+            "citadel_gateway_continuations",
+            "Streams that broke after their first token, by how another endpoint was to go on.",
+            ["model", "way"],
+        )  # fmt: skip
         self._crashes = Counters(
             "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
             ["where"],
@@ -179,6 +184,10 @@ class Metrics:
 
     def malformed(self, model: str, count: int) -> None:
         self._malformed.labels(model).inc(count)
+
+    def continued(self, model: str, way: str) -> None:
+        """Count a broken stream; *way* is ``resume``, ``replay``, or ``none``."""
+        self._continuations.labels(model, way).inc()
 
     def crashed(self, where: str) -> None:
         self._crashes.labels(where).inc()
@@ -250,6 +259,7 @@ class Metrics:
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
             self._cancellations, self._rejections, self._transitions, self._malformed,
+            self._continuations,
             self._crashes,
         )  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""A stream on its way from an upstream to a client: looked into, held back, never rewritten."""
+"""A stream on its way from an upstream to a client: looked into, held back, not rewritten.
+
+Only where it goes on with what another upstream began, its events are changed to fit.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ import attrs
 import trio
 
 from citadel_gateway.io.attempt import MAX_ERROR_BODY, Attempt, read_all
-from citadel_gateway.io.connection import Connection
+from citadel_gateway.io.connection import Connection, Interrupted
+from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import Phase
 from citadel_gateway.wire.headers import first
 from citadel_gateway.wire.http1_response import BadResponse, CutShort
 from citadel_gateway.wire.openai_answer import EngineError, NotAnAnswer, raise_if_error
 from citadel_gateway.wire.openai_stream import EventKind, StreamReader
+from citadel_gateway.wire.seam import Seam
 from citadel_gateway.wire.sse import DONE, EventSplitter
 
 _MAX_HELD_EVENTS = 64
@@ -38,6 +43,10 @@ class Sink(Protocol):
 
     async def write_rest(self, rest: bytes) -> None: ...
 
+    async def start_early(self, data: bytes) -> None:
+        """Send the head before there is an answer; :meth:`start` follows if there is one."""
+        ...
+
     async def start(self, data: bytes) -> None:
         """Commit the answer: send the head and the first events."""
         ...
@@ -54,12 +63,15 @@ class StreamRelay:
     """One stream.  Nothing reaches the sink before the first event with content.
 
     Until then another endpoint may still be asked, and the client need never know.
+
+    :param seam: it goes on with a stream of which *sink* has had the beginning.
     """
 
     attempt: Attempt
     sink: Sink
     reader: StreamReader
     pump: Pump
+    seam: Seam | None = None
     _splitter: EventSplitter = attrs.field(factory=EventSplitter, init=False)
     _has_content: bool = attrs.field(default=False, init=False)
     _held: list[bytes] = attrs.field(factory=list, init=False)
@@ -73,24 +85,34 @@ class StreamRelay:
         await _check_is_stream(connection)
         attempt, reader = self.attempt, self.reader
         attempt.expect_first_token()
-        while data := await connection.read_body():
-            self._error = self._take_in(self._splitter.feed(data))
-            if self._has_content and not reader.done:
-                await self._flush(connection)
-                attempt.expect_more()
-                await self._be_carried(connection)
-            if reader.done:
-                break
-            if self._error is not None:
-                raise self._error
-        else:
-            self._take_in_rest()
+        try:
+            await self._read(connection)
+        except (BadResponse, OSError, Interrupted, UpstreamFailure):
+            if not (self._has_content and reader.is_whole):
+                raise
+            # All has been said, so nobody will miss what would have come behind it.
         if not reader.is_whole:
             if self._has_content:
                 await self._flush(connection)
             raise CutShort("the upstream ended the stream before its answer did", started=True)
         await self._finish(connection)
         await _read_to_end(connection)
+
+    async def _read(self, connection: Connection) -> None:
+        attempt, reader = self.attempt, self.reader
+        while data := await connection.read_body():
+            self._error = self._take_in(self._splitter.feed(data))
+            if self._has_content and not reader.done:
+                await self._flush(connection)
+                attempt.expect_more()
+                await self._be_carried(connection)
+            elif self.seam is not None and reader.content_events and not reader.done:
+                attempt.expect_more()  # it repeats what the client has already
+            if reader.done:
+                return
+            if self._error is not None:
+                raise self._error
+        self._take_in_rest()
 
     async def _be_carried(self, connection: Connection) -> None:
         """Let the pump move chunks for as long as that is all there is to do."""
@@ -103,7 +125,7 @@ class StreamRelay:
             await self.pump.carry(sock, partial(self._step, connection))
             connection.waited += trio.current_time() - began
             if self._unsent or self._held:
-                attempt.stop_clock()
+                attempt.pause_clock()
                 rest, self._unsent = self._unsent, b""
                 await self.sink.write_rest(rest)
                 await self._flush(connection)
@@ -115,7 +137,7 @@ class StreamRelay:
         if not data:
             return connection.is_flowing
         event = connection.response.whole_chunk(data)
-        if event and self._splitter.is_empty and self.reader.knows(event):
+        if event and self._splitter.is_empty and self.seam is None and self.reader.knows(event):
             self._unsent = self.sink.write_now(event)
             self.attempt.has_more(now)
             return not self._unsent
@@ -129,17 +151,25 @@ class StreamRelay:
 
     def _take_in(self, events: list[bytes]) -> Exception | None:
         """Hold events back for the next write; returns the error that one of them is, if any."""
+        reader = self.reader
         for event in events:
             try:
-                kind = self.reader.read(event)
+                kind = reader.read(event)
+                if kind is EventKind.DONE:
+                    return None  # written by us, when it is known to be true
+                if kind is not EventKind.CONTENT and not self._passes(kind):
+                    continue
+                chunk, reader.chunk = reader.chunk, None
+                if self.seam is not None and chunk is not None:
+                    event = self.seam.join(chunk)
+                    if not event:
+                        continue
             except (EngineError, NotAnAnswer) as exc:
                 return exc
-            if kind is EventKind.DONE:
-                return None  # written by us, when it is known to be true
             if kind is EventKind.CONTENT:
                 self._has_content = True
-            elif not self._passes(kind):
-                continue
+            if chunk is not None and reader.delivered is not None:
+                reader.delivered.note(chunk)
             self._held.append(event)
             self._held_bytes += len(event)
             self._held_events += not event.startswith(b":")  # pings while a long prompt is read
@@ -167,14 +197,16 @@ class StreamRelay:
 
     async def _flush(self, connection: Connection) -> None:
         attempt = self.attempt
-        attempt.stop_clock()
         data = self._take_out()
         if not attempt.committed:
+            attempt.stop_clock()
             attempt.committed = True
             attempt.note_wait(connection)
             attempt.progress.phase = Phase.STREAMING
             await self.sink.start(data)
-        elif data:
+            return
+        attempt.pause_clock()
+        if data:
             await self.sink.write(data)
 
     def _take_out(self) -> bytes:
@@ -188,7 +220,7 @@ class StreamRelay:
         self._held.append(DONE)
         if not self.attempt.committed:
             await self._flush(connection)
-        self.attempt.stop_clock()
+        self.attempt.pause_clock()
         await self.sink.finish(b"".join(self._held))
 
 
@@ -198,7 +230,7 @@ async def _read_to_end(connection: Connection) -> None:
     The client has its answer: whatever goes wrong now costs the connection and nothing else.
     """
     # Shielded: clients hang up on [DONE], which must not turn a success into a cancellation.
-    with trio.move_on_after(_AFTER_DONE, shield=True), suppress(BadResponse, OSError):
+    with trio.move_on_after(_AFTER_DONE, shield=True), suppress(BadResponse, OSError, Interrupted):
         await connection.read_body()
 
 

@@ -17,6 +17,7 @@ from citadel_gateway.io.stream_relay import Sink, StreamRelay
 from citadel_gateway.io.target import Call, Target, Timing
 from citadel_gateway.wire.openai_answer import Usage, check_whole_answer
 from citadel_gateway.wire.openai_stream import StreamReader
+from citadel_gateway.wire.seam import Seam
 
 MAX_ANSWER = 64 * 2**20
 
@@ -56,10 +57,13 @@ class UpstreamClient:
         progress: Progress,
         sink: Sink,
         reader: StreamReader,
+        seam: Seam | None = None,
     ) -> None:
         """Relay a stream to *sink* until it is complete; *reader* reads along.
+
+        :param seam: it goes on with a stream that another endpoint began.
 
         Raises :class:`UpstreamFailure`; once that is ``committed``, the stream was cut.
         """
         attempt = Attempt(self.pool, self.deadlines, target, call, timing, progress)
-        await attempt.run(StreamRelay(attempt, sink, reader, self.pump).run)
+        await attempt.run(StreamRelay(attempt, sink, reader, self.pump, seam).run)

@@ -80,6 +80,12 @@ def set_members(body: bytes, known: Container[str], changes: Mapping[str, Any]) 
     return body[:start] + b",".join(added) + comma + body[start:]
 
 
+def member(body: bytes, name: str) -> bytes:
+    """The value of *name* as it is written in *body*, which has it."""
+    start, end = _find_values(body)[name]
+    return body[start:end]
+
+
 def json_type(value: Any) -> str:
     match value:
         case None:

@@ -11,7 +11,6 @@ import re
 
 import attrs
 
-_TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning)": ?"()[^"\\]*"')
 _SPECIAL = re.compile(rb'["\\\x00-\x1f]')
 _HOPELESS = 8  # misses in a row, after which a stream is taken to have no two events alike
 
@@ -25,20 +24,31 @@ class Likeness:
     _around: int = attrs.field(default=0, init=False)
     _misses: int = attrs.field(default=0, init=False)
 
-    def learn(self, event: bytes) -> None:
-        """Expect events like *event*: it adds text to one choice, and says nothing else."""
+    def learn(self, event: bytes, text: str) -> None:
+        """Expect events like *event*, which adds *text* to one choice and says nothing else."""
         self._before = b""
-        if self._misses < _HOPELESS and (match := _TEXT.search(event)) is not None:
-            self._misses += 1
-            self._before, self._after = event[: match.start(1)], event[match.end() - 1 :]
-            self._around = len(self._before) + len(self._after)
+        if self._misses >= _HOPELESS:
+            return
+        value = b'"%b"' % text.encode()
+        for colon in (b":", b": "):
+            at = event.find(colon + value)
+            if at >= 0:
+                break
+        else:
+            return  # it has escapes
+        at += len(colon) + 1
+        if event.find(value, at) >= 0:
+            return  # the same stands in two places
+        self._misses += 1
+        self._before, self._after = event[:at], event[at + len(value) - 2 :]
+        self._around = len(self._before) + len(self._after)
 
     def forget(self) -> None:
         """Expect nothing: what comes must be parsed."""
         self._before = b""
 
-    def has(self, event: bytes) -> bool:
-        """Whether *event* is what was expected but for its text, and has some."""
+    def text_of(self, event: bytes) -> bytes:
+        """The text of *event* if it is what was expected but for that; else nothing."""
         before = self._before
         if (
             not before
@@ -46,12 +56,12 @@ class Likeness:
             or not event.startswith(before)
             or not event.endswith(self._after)
         ):
-            return False
+            return b""
         text = event[len(before) : len(event) - len(self._after)]
         if _SPECIAL.search(text) is not None or not (text.isascii() or _is_utf8(text)):
-            return False
+            return b""
         self._misses = 0
-        return True
+        return text
 
 
 def _is_utf8(text: bytes) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import orjson
 
+from citadel_gateway.wire.delivered import Delivered
 from citadel_gateway.wire.likeness import Likeness
 from citadel_gateway.wire.openai_answer import (
     NotAnAnswer,
@@ -36,14 +37,17 @@ class StreamReader:
     """Reads along while a stream is relayed: has every choice come to its end?
 
     :param expected: how many choices were asked for.
+    :param delivered: told of those events that :meth:`knows` recognises.
     """
 
     expected: int = 1
+    delivered: Delivered | None = None
 
     usage: Usage | None = attrs.field(default=None, init=False)
     content_events: int = attrs.field(default=0, init=False)
     malformed: int = attrs.field(default=0, init=False)
     done: bool = attrs.field(default=False, init=False)
+    chunk: dict[str, Any] | None = attrs.field(default=None, init=False)  # of the last event read
     _seen: set[int] = attrs.field(factory=set, init=False)
     _finished: set[int] = attrs.field(factory=set, init=False)
     _malformed_in_a_row: int = attrs.field(default=0, init=False)
@@ -51,14 +55,18 @@ class StreamReader:
 
     def knows(self, event: bytes) -> bool:
         """Whether *event* is one more like the last, with content; if so, it has been read."""
-        if self._likeness.has(event):
-            self.content_events += 1
-            return True
-        return False
+        text = self._likeness.text_of(event)
+        if not text:
+            return False
+        self.content_events += 1
+        if self.delivered is not None:
+            self.delivered.add(text)
+        return True
 
     def read(self, event: bytes) -> EventKind:
         """Raises :class:`EngineError` for an error event, :class:`NotAnAnswer` for nonsense."""
         self._likeness.forget()
+        self.chunk = None
         data = event_data(event)
         if data is None:
             return EventKind.QUIET
@@ -75,8 +83,9 @@ class StreamReader:
         if is_error(chunk):
             raise parse_error(502, data)
         kind = self._read_chunk(chunk)
-        if kind is EventKind.CONTENT and _only_adds_text(chunk):
-            self._likeness.learn(event)
+        if kind is EventKind.CONTENT and (text := _only_text(chunk)):
+            self._likeness.learn(event, text)
+        self.chunk = chunk
         return kind
 
     @property
@@ -134,10 +143,13 @@ class StreamReader:
         return EventKind.MALFORMED
 
 
-def _only_adds_text(chunk: dict[str, Any]) -> bool:
-    choices = chunk["choices"]
-    return (
-        len(choices) == 1
-        and not choices[0].get("finish_reason")
-        and not isinstance(chunk.get("usage"), dict)
-    )
+def _only_text(chunk: dict[str, Any]) -> str:
+    """The text that *chunk* adds to its only choice, if that is all that it says."""
+    (choice, *others) = chunk["choices"]
+    if others or choice.get("finish_reason") or isinstance(chunk.get("usage"), dict):
+        return ""
+    delta = choice.get("delta")
+    said = [choice["text"]] if choice.get("text") else []
+    if isinstance(delta, dict):
+        said += [value for name, value in delta.items() if value and name != "role"]
+    return said[0] if len(said) == 1 and isinstance(said[0], str) else ""
