@@ -10,9 +10,16 @@ import attrs
 import trio
 
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
+from citadel_gateway.app.measuring import Measurement
 from citadel_gateway.config.schema import LoadBalancerConfig, TimeoutsConfig
 from citadel_gateway.config.values import RetryAmbiguous
-from citadel_gateway.errors import GatewayError, no_healthy_backend, queue_full, queue_timeout
+from citadel_gateway.errors import (
+    GatewayError,
+    all_cordoned,
+    no_healthy_backend,
+    queue_full,
+    queue_timeout,
+)
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.metrics import Metrics
@@ -84,7 +91,7 @@ class GatewayOrchestrator:
         self.budget.deposit(now)
         if not any(group.is_any_left((), now) for group in job.plan.groups):
             first = job.plan.groups[0]  # to queue for it would only delay the bad news
-            raise no_healthy_backend(first.name, first.next_chance(now))
+            raise _nobody_in(first, first.next_chance(now))
         journey = _Journey(job, list(job.plan.groups))
         ticket = journey.ticket
         try:
@@ -123,7 +130,7 @@ class GatewayOrchestrator:
                 case Nobody(retry_after=wait) if not journey.next_group():
                     if journey.failure is not None:
                         raise journey.failure
-                    raise no_healthy_backend(ticket.queue, wait)
+                    raise _nobody_in(journey.group, wait)
                 case _:
                     self.admission.move(ticket, Verdict.NO_OPINION)
 
@@ -163,6 +170,12 @@ class GatewayOrchestrator:
         )
         timing = self._timing(job, model.timeouts)
         began, result = trio.current_time(), "cancelled"
+        measurement = None
+        if endpoint.adaptive is not None:
+            measurement = Measurement(
+                endpoint, began, endpoint.in_flight, job.request.prompt_tokens, self.admission.pump
+            )
+            record.on_commit = measurement.first_token if job.request.stream else None
         try:
             if job.request.stream:
                 await self._relay(upstream, call, timing, record, sink)
@@ -171,11 +184,16 @@ class GatewayOrchestrator:
                 answer = await self.client.ask(upstream.target, call, timing, record)
                 record.prompt_tokens = answer.usage.prompt_tokens
                 record.completion_tokens = answer.usage.completion_tokens
+                if measurement is not None:
+                    measurement.whole(record.completion_tokens, trio.current_time())
             result = "ok"
         except UpstreamFailure as failure:
             result = _result(failure.error)
+            if measurement is not None:
+                measurement.failed(failure, trio.current_time())
             raise
         finally:
+            record.on_commit = None
             self.metrics.attempted(endpoint, result)
         now = trio.current_time()
         endpoint.latency.observe((record.committed or now) - began, now)
@@ -316,6 +334,12 @@ class _Journey:
 
     def has_somewhere_to_go(self, now: float) -> bool:
         return bool(self.groups) or self.group.is_any_left(self.tried, now)
+
+
+def _nobody_in(group: Group, retry_after: float) -> GatewayError:
+    if group.is_cordoned():
+        return all_cordoned(group.name, retry_after)
+    return no_healthy_backend(group.name, retry_after)
 
 
 def _result(error: GatewayError) -> str:

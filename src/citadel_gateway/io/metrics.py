@@ -49,6 +49,7 @@ class Levels:
     """What is the case right now."""
 
     endpoints: tuple[Endpoint, ...]
+    panics: dict[str, bool] = attrs.field(factory=dict)  # by model
     queue_depths: dict[str, int]
     in_flight: int
     connections: int
@@ -216,6 +217,17 @@ class Metrics:
             ),
             ("in_flight", "Requests with this endpoint.", lambda e: e.in_flight),
             ("endpoint_max_concurrent", "The most it may have.", lambda e: e.max_concurrent),
+            (
+                "endpoint_limit",
+                "The most it may have now: less while it starts slowly, or adapts.",
+                lambda e: e.limit,
+            ),
+            (
+                "endpoint_slow_start_share",
+                "Part of its share that it gets: below 1 while it starts slowly.",
+                lambda e: e.warmth,
+            ),
+            ("endpoint_cordoned", "1 if it gets nothing new, by command.", lambda e: e.cordoned),
             ("endpoint_latency_seconds", "Peak EWMA of its latency.", lambda e: e.latency.value),
         ]
         for name, doc, value in gauges:
@@ -261,6 +273,10 @@ def _other_gauges(levels: Levels) -> Iterator[str]:
     yield head(name, "Requests waiting for a slot.", "gauge")
     for model, waiting in levels.queue_depths.items():
         yield f"{name}{label_text(('model',), (model,))} {number(waiting)}\n"
+    name = "citadel_gateway_panic"
+    yield head(name, "1 while too few endpoints are healthy, so that all are used.", "gauge")
+    for model, panics in levels.panics.items():
+        yield f"{name}{label_text(('model',), (model,))} {number(panics)}\n"
     for what, doc, value in (
         ("in_flight_requests", "Requests with an endpoint.", levels.in_flight),
         ("client_connections", "Open client connections.", levels.connections),
