@@ -18,16 +18,23 @@ from citadel_gateway.policy.adaptive import AdaptiveLimit, Kind, Sample
 
 @attrs.define
 class Engine:
-    """:param slots: sequences that a batch may have; others wait inside the engine.
+    """Times are seconds.
 
+    :param slots: sequences that a batch may have; others wait inside the engine.
+    :param base: of an iteration, however small.
     :param refuses_at: requests in all, from which on it answers 429.
     """
 
     slots: int = 32
-    base: float = 0.025  # seconds of an iteration
+    base: float = 0.025
     per_sequence: float = 0.0002
     per_prompt_token: float = 0.00004
     refuses_at: int | None = None
+
+    def be_slower_by(self, factor: float) -> None:
+        self.base *= factor
+        self.per_sequence *= factor
+        self.per_prompt_token *= factor
 
     def iteration(self, sequences: int, prompt_tokens: int) -> float:
         return self.base + self.per_sequence * sequences + self.per_prompt_token * prompt_tokens
@@ -48,6 +55,9 @@ class Trial:
     """Clients who ask again as soon as they are answered, as many as *offered* says.
 
     :param fixed: the limit, if it is not to adapt.
+    :param whole: the answers are no streams.
+    :param trace: the limit after every iteration, with its time.
+    :param first_tokens: when there was one, and how long it had taken.
     """
 
     engine: Engine
@@ -58,7 +68,9 @@ class Trial:
     whole: bool = False
     now: float = 0.0
     tokens: int = 0
+    sent: int = 0
     refused: int = 0
+    first_tokens: list[tuple[float, float]] = attrs.field(factory=list)
     trace: list[tuple[float, int]] = attrs.field(factory=list)
     _waiting: deque[Running] = attrs.field(factory=deque, init=False)
     _batch: list[Running] = attrs.field(factory=list, init=False)
@@ -94,6 +106,7 @@ class Trial:
                 if refusals == 4:  # the others wait for a moment
                     break
                 continue
+            self.sent += 1
             prompt = min(4000, int(self._rng.lognormvariate(6, 0.8)))
             answer = 1 + int(self._rng.expovariate(1 / 150))
             self._waiting.append(Running(prompt, answer, answer, self.now, self.in_flight + 1))
@@ -108,6 +121,8 @@ class Trial:
         for each in self._batch:
             self.tokens += 1
             each.left -= 1
+            if each.is_new:
+                self.first_tokens.append((self.now, self.now - each.began))
             if each.is_new and not self.whole:
                 self._learn(Kind.STREAM, each.prompt, each.began, each.in_flight)
             each.is_new = False
@@ -120,6 +135,10 @@ class Trial:
     def _learn(self, kind: Kind, size: int, began: float, in_flight: int) -> None:
         if self.limit is not None:
             sample = Sample(
-                kind=kind, size=size, seconds=self.now - began, began=began, in_flight=in_flight
+                kind=kind,
+                size=size,
+                seconds=self.now - began,
+                began=began,
+                in_flight=max(in_flight, self.in_flight),
             )
             self.limit.learn(sample, self.now)

@@ -30,7 +30,7 @@ from citadel_gateway.io.upstream import UpstreamClient, WholeAnswer
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.retry import Retry, RetryBudget
-from citadel_gateway.policy.waitroom import Full, Nobody, Ticket
+from citadel_gateway.policy.waitroom import Choice, Full, Nobody, Ticket
 from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.openai_request import InferenceRequest
 from citadel_gateway.wire.openai_stream import StreamReader
@@ -231,7 +231,7 @@ class GatewayOrchestrator:
             return False
         if _refuses_usage(journey, failure):
             upstream.asks_usage = False  # once more, with what it understands
-            journey.aim()
+            journey.aim_again(upstream.endpoint)
             return True
         if failure.error.code == "context_length_exceeded":
             journey.keep_only(self.balancer.larger_contexts(upstream.endpoint.model, journey.later))
@@ -256,8 +256,10 @@ class GatewayOrchestrator:
         tried = {*journey.tried, upstream.endpoint}
         if journey.group.is_any_left(tried, now) and self.budget.withdraw(now):
             journey.tried = tried
+            journey.aim()
+        else:
+            journey.aim_again(upstream.endpoint)
         journey.needs_fresh = True
-        journey.aim()
         return True
 
     def _can_afford(self, failure: UpstreamFailure, now: float) -> bool:
@@ -332,8 +334,21 @@ class _Journey:
         self.ticket.group = (self.group, tried)
         self.ticket.choose = partial(self.group.choose, tried)
 
+    def aim_again(self, endpoint: Endpoint) -> None:
+        """The same; an endpoint that has been cordoned meanwhile may finish what it has begun."""
+        self.aim()
+        if endpoint.cordoned:
+            self.ticket.group = (self.group, endpoint)
+            self.ticket.choose = partial(_finish_there, endpoint)
+
     def has_somewhere_to_go(self, now: float) -> bool:
         return bool(self.groups) or self.group.is_any_left(self.tried, now)
+
+
+def _finish_there(endpoint: Endpoint, now: float) -> Choice:
+    if not endpoint.breaker.would_admit(now):
+        return Nobody(endpoint.available_in(now))
+    return endpoint if endpoint.has_room() else None
 
 
 def _nobody_in(group: Group, retry_after: float) -> GatewayError:

@@ -53,7 +53,7 @@ class Measurement:
             size=size,
             seconds=now - self.began,
             began=self.began,
-            in_flight=self.in_flight,
+            in_flight=max(self.in_flight, self.endpoint.in_flight),
         )
         if self.endpoint.measured(sample, now):
             self.on_room()

@@ -12,9 +12,12 @@ going on.  A whole answer is compared in the same way with answers of about the 
 median of several such ratios is what counts, as single ones are noise: cached prefixes, a
 neighbour's long prompt.  A refusal for want of room (429, 503) or a timeout needs no comparison.
 
-*Aim.*  Twice the time of the idle engine: there the ratio of throughput to delay is largest, for a
+*Aim.*  Throughput over delay is largest where the delay is twice that of the idle engine, for a
 queue and for an engine whose steps grow with its batch alike (Kleinrock, "Power and Deterministic
-Rules of Thumb for Probabilistic Problems in Computer Communications", 1979).
+Rules of Thumb for Probabilistic Problems in Computer Communications", 1979).  Three times is aimed
+at, because the delay at rest is only an estimate: an aim too low leaves a machine half idle, one
+too high costs some of the time to the first token.  Where a full batch makes the knee, the delay
+rises so steeply that the difference is one or two requests.
 
 *Control.*  Additive increase and multiplicative decrease (Chiu and Jain, 1989), the increase the
 square root of the limit and the decrease by the gradient of the delay, as in Gradient2 of
@@ -24,25 +27,28 @@ What was sent before the last decrease says nothing about the limit after it.
 
 *Trust.*  The limit says something only while it is reached: it grows only when nearly all of it
 is in use, and shrinks for slow answers only when more than half of it is.  If a machine has become
-slower for good, the limit sinks to the floor; there few requests are under way, so the new time at
-rest is learnt, and it grows again.
+much slower for good, the limit sinks to the floor; there few requests are under way, so what they
+take is the new time at rest, and it grows again.  If it has become a little slower, the limit stays
+lower than need be until few are under way anyhow.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from statistics import median
+from statistics import median_low
 
 import attrs
 
-_TOLERANCE = 2.0  # times the time at rest
+_TOLERANCE = 3.0  # times the time at rest
+_FASTER = 0.5  # times the time at rest: then that was another
 _FEW, _SOME, _MANY = 4, 8, 32  # samples that make a decision: at first, at least, at most
 _BACK_OFF = 0.85  # the limit's factor when it was too much
 _IN_USE = 0.8  # of the limit, for it to grow
 _HALF = 0.5
-_QUIET = 0.25
-_STRIDE = 0.1  # of a time at rest, towards a sample
+_QUIET = 0.125  # of the limit: so few are no load
+_STRIDE = 1.1  # a time at rest goes towards a sample by this factor, so that it becomes a median
+_SHORTEST = 0.001  # seconds
 
 
 class Kind(enum.Enum):
@@ -61,7 +67,7 @@ class Sample:
     :param size: tokens on which the time depends: the prompt's of a stream, else the answer's.
     :param seconds: the time it took.
     :param began: when it was sent.
-    :param in_flight: requests that were with the endpoint then, itself included.
+    :param in_flight: the most requests that were with the endpoint then or now, itself included.
     """
 
     kind: Kind
@@ -87,7 +93,7 @@ class AdaptiveLimit:
     _ratios: list[float] = attrs.field(factory=list, init=False)
     _last: float = attrs.field(default=1.0, init=False)  # median
     _seeking: bool = attrs.field(default=True, init=False)
-    _peak: int = attrs.field(default=0, init=False)
+    _in_flight: int = attrs.field(default=0, init=False)  # of all samples together
     _cut_at: float = attrs.field(default=-math.inf, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -106,39 +112,43 @@ class AdaptiveLimit:
             self._cut(min(self._exact, sample.in_flight) * _BACK_OFF, now)
 
     def _compare(self, sample: Sample, now: float) -> None:
+        seconds = max(_SHORTEST, sample.seconds)
         size_class = (sample.kind, sample.size.bit_length())
         at_rest = self._at_rest.get(size_class)
         if at_rest is None:
             # Whoever is first of its size has the delay that everybody has at present.
-            at_rest = self._at_rest[size_class] = sample.seconds / max(1.0, self._last)
-        is_quiet = sample.in_flight <= max(self.floor, self._exact * _QUIET)
-        if is_quiet:
-            up = sample.seconds > at_rest
-            self._at_rest[size_class] = at_rest * math.exp(_STRIDE if up else -_STRIDE)
+            at_rest = seconds / max(1.0, self._last)
+            self._at_rest[size_class] = at_rest
+        if sample.in_flight <= max(self.floor, self._exact * _QUIET):
+            is_longer = seconds > at_rest
+            self._at_rest[size_class] = at_rest * (_STRIDE if is_longer else 1 / _STRIDE)
         if sample.began < self._cut_at:
             return
-        self._ratios.append(sample.seconds / at_rest if at_rest else 1.0)
-        self._peak = max(self._peak, sample.in_flight)
+        self._ratios.append(seconds / at_rest)
+        self._in_flight += sample.in_flight
         enough = _FEW if self._seeking else min(_MANY, max(_SOME, self.limit // 2))
         if len(self._ratios) >= enough:
             self._decide(now)
 
     def _decide(self, now: float) -> None:
-        count, peak = len(self._ratios), self._peak
-        ratio = self._last = median(self._ratios)
-        self._ratios.clear()
-        self._peak = 0
-        if ratio > _TOLERANCE:
-            if peak >= self._exact * _HALF:
+        count = len(self._ratios)
+        in_flight = self._in_flight / count
+        ratio = self._last = median_low(self._ratios)
+        self._begin_anew()
+        if ratio < _FASTER or (ratio > _TOLERANCE and in_flight <= self.floor):
+            self._rescale(ratio)  # it is another machine than before
+        elif ratio > _TOLERANCE:
+            if in_flight >= self._exact * _HALF:
                 gradient = max(_BACK_OFF, _TOLERANCE / ratio)
-                self._cut(min(self._exact, peak) * gradient, now)
-            return
-        if ratio < 1 / _TOLERANCE:  # it has become faster
-            for size_class in self._at_rest:
-                self._at_rest[size_class] *= ratio
-        if peak >= self._exact * _IN_USE:
+                self._cut(min(self._exact, in_flight) * gradient, now)
+        elif in_flight >= self._exact * _IN_USE:
             root = math.sqrt(self._exact)
             self._grow(min(count, self._exact) if self._seeking else min(count / root, root))
+
+    def _rescale(self, ratio: float) -> None:
+        for size_class in self._at_rest:
+            self._at_rest[size_class] *= ratio
+        self._last = 1.0
 
     def _grow(self, by: float) -> None:
         self._exact = min(self.ceiling, self._exact + by)
@@ -149,5 +159,8 @@ class AdaptiveLimit:
         self._exact = max(float(self.floor), min(self._exact, to))
         self.limit = int(self._exact)
         self._cut_at = now
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._ratios.clear()
-        self._peak = 0
+        self._in_flight = 0
