@@ -70,7 +70,7 @@ async def page_cost(size: int) -> tuple[float, float]:
     endpoints = tuple(make_group("round_robin", size).upstreams)
     metrics = Metrics(
         lambda: Levels(
-            endpoints=endpoints, queue_depths={"m": 0}, in_flight=0, connections=0,
+            endpoints=endpoints, queue_depths={"m": 0}, in_flight=0, connections=0, tasks=0,
             upstream_connections=0, draining=False, log_lines_dropped=0, now=1.0,
         )
     )  # fmt: skip

@@ -138,6 +138,18 @@ def model_not_allowed(model: str) -> GatewayError:
     )  # fmt: skip
 
 
+def admin_required(message: str) -> GatewayError:
+    return GatewayError(message, 403, "permission_error", "admin_required")
+
+
+def unknown_endpoint(url: str, known: list[str], model: str | None = None) -> GatewayError:
+    of = "" if model is None else f" of {model[:200]!r}"
+    return GatewayError(
+        f"There is no endpoint {url[:200]!r}{of}. Endpoints: {', '.join(known)}.",
+        404, "invalid_request_error", "endpoint_not_found", "endpoint",
+    )  # fmt: skip
+
+
 def rate_limited(message: str, retry_after: float) -> GatewayError:
     return GatewayError(message, 429, "requests", "rate_limit_exceeded", retry_after=retry_after)
 
@@ -168,6 +180,13 @@ def queue_too_long(model: str, wait: float, retry_after: float) -> GatewayError:
 def no_healthy_backend(model: str, retry_after: float) -> GatewayError:
     return GatewayError(
         f"No endpoint of {model!r} is available.",
+        503, "server_error", "no_healthy_backend", retry_after=retry_after,
+    )  # fmt: skip
+
+
+def all_cordoned(model: str, retry_after: float) -> GatewayError:
+    return GatewayError(
+        f"Every endpoint of {model!r} has been taken out of service for now.",
         503, "server_error", "no_healthy_backend", retry_after=retry_after,
     )  # fmt: skip
 

@@ -10,11 +10,13 @@ import attrs
 import trio
 
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
+from citadel_gateway.app.measuring import Measurement
 from citadel_gateway.app.rescue import Rescue, is_worth_continuing
 from citadel_gateway.config.schema import LoadBalancerConfig, StreamingConfig, TimeoutsConfig
 from citadel_gateway.config.values import RetryAmbiguous
 from citadel_gateway.errors import (
     GatewayError,
+    all_cordoned,
     no_healthy_backend,
     queue_full,
     queue_timeout,
@@ -33,7 +35,7 @@ from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.retry import Judgement, Retry, RetryBudget
-from citadel_gateway.policy.waitroom import Displaced, Nobody, Refused, Ticket, TooLong
+from citadel_gateway.policy.waitroom import Choice, Displaced, Nobody, Refused, Ticket, TooLong
 from citadel_gateway.wire.continuation import Continuation, may_be_continued
 from citadel_gateway.wire.delivered import Delivered
 from citadel_gateway.wire.headers import Headers
@@ -102,7 +104,7 @@ class GatewayOrchestrator:
         self.budget.deposit(now)
         if not any(group.is_any_left((), now) for group in job.plan.groups):
             first = job.plan.groups[0]  # to queue for it would only delay the bad news
-            raise no_healthy_backend(first.name, first.next_chance(now))
+            raise _nobody_in(first, first.next_chance(now))
         journey = _Journey(job, list(job.plan.groups))
         ticket = journey.ticket
         try:
@@ -176,7 +178,7 @@ class GatewayOrchestrator:
                 case Nobody(retry_after=wait) if not journey.next_group():
                     if journey.failure is not None:
                         raise journey.failure
-                    raise no_healthy_backend(ticket.queue, wait)
+                    raise _nobody_in(journey.group, wait)
                 case Displaced(retry_after=wait):
                     self.metrics.turned_away(ticket.queue, "displaced")
                     raise queue_full(ticket.queue, wait)
@@ -228,6 +230,12 @@ class GatewayOrchestrator:
             self.metrics.continued(endpoint.model, continuation.way.value)
             timing = attrs.evolve(timing, total=record.began + timing.total - trio.current_time())
         began, result = trio.current_time(), "cancelled"
+        measurement = None
+        if endpoint.adaptive is not None:
+            measurement = Measurement(
+                endpoint, began, endpoint.in_flight, job.request.prompt_tokens, self.admission.pump
+            )
+            record.on_commit = measurement.first_token if job.request.stream else None
         try:
             if job.request.stream:
                 await self._relay(upstream, call, timing, journey, sink)
@@ -236,11 +244,16 @@ class GatewayOrchestrator:
                 answer = await self.client.ask(upstream.target, call, timing, record)
                 record.prompt_tokens = answer.usage.prompt_tokens
                 record.completion_tokens = answer.usage.completion_tokens
+                if measurement is not None:
+                    measurement.whole(record.completion_tokens, trio.current_time())
             result = "ok"
         except UpstreamFailure as failure:
             result = _result(failure.error)
+            if measurement is not None:
+                measurement.failed(failure, trio.current_time())
             raise
         finally:
+            record.on_commit = None
             self.metrics.attempted(endpoint, result)
         if continuation is None:
             now = trio.current_time()
@@ -303,7 +316,7 @@ class GatewayOrchestrator:
             return False
         if _refuses_usage(journey, failure):
             upstream.asks_usage = False  # once more, with what it understands
-            journey.aim()
+            journey.aim_again(upstream.endpoint)
             return True
         if journey.rescue is not None and journey.rescue.may_replay_instead(upstream, failure):
             journey.aim()
@@ -354,8 +367,10 @@ class GatewayOrchestrator:
         elsewhere = bool(journey.groups) or journey.group.is_any_left(tried, now)
         if elsewhere and self.budget.withdraw(now):
             journey.tried = tried
+            journey.aim()
+        else:
+            journey.aim_again(upstream.endpoint)
         journey.needs_fresh = True
-        journey.aim()
         return True
 
     def _can_afford(self, failure: UpstreamFailure, now: float) -> bool:
@@ -454,8 +469,27 @@ class _Journey:
         self.ticket.group = (self.group, tried) if tried else self.group
         self.ticket.choose = partial(self.group.choose, tried)
 
+    def aim_again(self, endpoint: Endpoint) -> None:
+        """The same; an endpoint that has been cordoned meanwhile may finish what it has begun."""
+        self.aim()
+        if endpoint.cordoned:
+            self.ticket.group = (self.group, endpoint)
+            self.ticket.choose = partial(_finish_there, endpoint)
+
     def has_somewhere_to_go(self, now: float) -> bool:
         return bool(self.groups) or self.group.is_any_left(self.tried, now)
+
+
+def _finish_there(endpoint: Endpoint, now: float) -> Choice:
+    if not endpoint.breaker.would_admit(now):
+        return Nobody(endpoint.available_in(now))
+    return endpoint if endpoint.has_room() else None
+
+
+def _nobody_in(group: Group, retry_after: float) -> GatewayError:
+    if group.is_cordoned():
+        return all_cordoned(group.name, retry_after)
+    return no_healthy_backend(group.name, retry_after)
 
 
 def _result(error: GatewayError) -> str:

@@ -127,6 +127,7 @@ class Doorkeeper:
                     id=key.id,
                     digest=bytes.fromhex(key.sha256),
                     allowed_models=frozenset(key.allowed_models),
+                    is_admin=key.admin,
                 )
                 for key in config.security.api_keys
             ]

@@ -7,6 +7,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
+from functools import partial
 
 import attrs
 import httpx
@@ -21,16 +22,21 @@ from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
 from citadel_gateway.io.resolver import Resolver, is_address
 from citadel_gateway.io.target import Target, split_url
 from citadel_gateway.io.transport import make_probe_client
+from citadel_gateway.policy.adaptive import AdaptiveLimit
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
+from citadel_gateway.policy.cordons import Cordons
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.health_tracker import HealthTracker
 from citadel_gateway.policy.picker import Picker
+from citadel_gateway.policy.quorum import Quorum
 from citadel_gateway.policy.roster import Roster
 from citadel_gateway.policy.selection import Share, evenly, make_picker, share_by_cost
+from citadel_gateway.policy.slow_start import SlowStart
 from citadel_gateway.policy.waitroom import Choice, Nobody
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
 
+_FLOOR = 4  # requests at once that an endpoint may always have, unless it is told otherwise
 _NEXT_PROBE = 5.0  # seconds: when an endpoint that is down may be known to be up again
 
 
@@ -51,7 +57,17 @@ class Model:
 
     id: str
     config: ModelConfig
-    upstreams: list[Upstream]
+    quorum: Quorum
+    upstreams: list[Upstream] = attrs.field(factory=list, init=False)
+
+    def add(self, upstreams: Sequence[Upstream]) -> None:
+        self.upstreams += upstreams
+        for upstream in upstreams:
+            self.quorum.add(upstream.endpoint)
+
+    def remove(self, upstream: Upstream) -> None:
+        self.upstreams.remove(upstream)
+        self.quorum.remove(upstream.endpoint)
 
     def can_answer(self, request: InferenceRequest) -> bool:
         return _CAPABILITY[request.kind] in self.config.capabilities
@@ -109,6 +125,8 @@ class Group:
     def choose(self, tried: Container[Endpoint], now: float) -> Choice:
         """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
         endpoint = self._roster.choose(tried, now)
+        if endpoint is None and self._roster.hurry(now):
+            endpoint = self._roster.choose(tried, now)
         if endpoint is not None:
             return endpoint
         if self._roster.is_any_full(tried, now):
@@ -131,6 +149,10 @@ class Group:
     def next_chance(self, now: float) -> float:
         """Seconds until an endpoint may be available again, as far as can be known."""
         return self._roster.next_chance(now, _NEXT_PROBE)
+
+    def is_cordoned(self) -> bool:
+        """Whether it is by command that there is nobody."""
+        return bool(self.upstreams) and all(endpoint.cordoned for endpoint in self.upstreams)
 
 
 @attrs.frozen
@@ -159,6 +181,8 @@ class LoadBalancer:
         self._rng = rng or random.Random()
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self.sources: list[Source] = []
+        self.cordons = Cordons()
+        self.on_panic: Callable[[str, bool], None] = lambda *_: None  # told of models
         self.models = {
             str(name): self._make_model(name, model) for name, model in config.models.items()
         }
@@ -201,25 +225,27 @@ class LoadBalancer:
         Returns those that are new, and those that get nothing from now on.
         """
         addresses = self.resolver.known(source.origin.host)
+        joins_others = bool(source.serving)
         gone = [source.serving.pop(a) for a in list(source.serving) if a not in addresses]
         new = []
         for address in addresses:
             if address not in source.serving:
                 upstream = source.leaving.pop(address, None) or self._make_upstream(source, address)
                 upstream.endpoint.health = self._unknown_health()  # to be probed before it is used
+                upstream.endpoint.is_newcomer = joins_others
                 source.serving[address] = upstream
                 new.append(upstream)
         for upstream in gone:
             self._retire(source, upstream)
         model = source.model
-        model.upstreams += new
+        model.add(new)
         for group in self._groups_of(model):
             group.add(new)
         return new, gone
 
     def _retire(self, source: Source, upstream: Upstream) -> None:
         endpoint, address = upstream.endpoint, upstream.target.origin.address or ""
-        source.model.upstreams.remove(upstream)
+        source.model.remove(upstream)
         source.leaving[address] = upstream
         for group in self._groups_of(source.model):
             group.retire(upstream)
@@ -388,7 +414,8 @@ class LoadBalancer:
         return Group(name, tuple(models), make_picker(algorithm, self._rng, share), share)
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:
-        model = Model(name, config, [])
+        threshold = self.config.load_balancer.panic_threshold
+        model = Model(name, config, Quorum(threshold, partial(self._note_panic, name)))
         for endpoint in config.all_endpoints():
             origin, _ = split_url(endpoint.url)
             if origin.scheme == "https":
@@ -401,23 +428,32 @@ class LoadBalancer:
             ):
                 self.sources.append(source)
             else:
-                model.upstreams.append(self._make_upstream(source))
+                model.add([self._make_upstream(source)])
         return model
+
+    def _note_panic(self, model: str, begins: bool) -> None:
+        self.on_panic(model, begins)
 
     def _make_upstream(self, source: Source, address: str | None = None) -> Upstream:
         """The endpoint of *source*, or the one at *address*."""
         model, config = source.model, source.config
         origin = attrs.evolve(source.origin, address=address)
         engine = config.engine or model.config.engine
+        most = config.max_concurrent or model.config.max_concurrent
         endpoint = Endpoint(
             model=model.id,
             url=config.url if address is None else f"{config.url} [{address}]",
             weight=config.weight or model.config.weight,
-            max_concurrent=config.max_concurrent or model.config.max_concurrent,
+            max_concurrent=most,
             cost=_cost(model.config),
             breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
             health=self._unknown_health(),
+            adaptive=AdaptiveLimit(config.min_concurrent or _FLOOR, most)
+            if config.adaptive_concurrency
+            else None,
+            slow_start=SlowStart(self.config.load_balancer.slow_start),
         )
+        self.cordons.apply(endpoint)
         return Upstream(
             endpoint=endpoint,
             target=Target.of(config.url, config.api_key, origin),

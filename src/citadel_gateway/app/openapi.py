@@ -86,9 +86,9 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
            "bad_http_request")),
     401: ("A key is needed, and there was none or an unknown one.", "invalid_request_error",
           ("invalid_api_key",)),
-    403: ("The key may not use the model.", "permission_error", ("model_not_allowed",)),
-    404: ("There is no such model or path.", "invalid_request_error",
-          ("model_not_found", "not_found")),
+    403: ("The key may not do that.", "permission_error", ("model_not_allowed", "admin_required")),
+    404: ("There is no such model, endpoint or path.", "invalid_request_error",
+          ("model_not_found", "endpoint_not_found", "not_found")),
     405: ("The path has no such method.", "invalid_request_error", ("method_not_allowed",)),
     413: ("The body is larger than `performance.max_body_bytes`.", "invalid_request_error",
           ("request_too_large",)),
@@ -111,6 +111,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
 PARAMS = {
     "model_not_found": "model",
     "model_not_allowed": "model",
+    "endpoint_not_found": "endpoint",
     "unsupported_media_type": "content-type",
 }
 QUEUE_CODES = {"queue_full", "queue_timeout", "too_many_connections"}  # type server_overloaded
@@ -122,6 +123,12 @@ ERROR_HEADERS: dict[int, list[str]] = {
     502: [*ROUTED, "x-should-retry"],
     503: [*ROUTED, *AGAIN],
     504: [*ROUTED, "x-should-retry"],
+}
+
+ORDERS = {
+    "cordon": "Give an endpoint nothing new",
+    "uncordon": "Give an endpoint requests again",
+    "drain": "Cordon an endpoint and wait until it has no requests",
 }
 
 KEY_ERRORS = (401, 403)
@@ -205,6 +212,19 @@ def openapi_document(
                     "content": {"application/json": {"schema": ref("ChatCompletionRequest")}},
                 },
             }
+        },
+        "/admin/endpoints": {
+            "get": {
+                **locked,
+                **reading(
+                    "listEndpoints", "Operation", "Endpoints, and which are cordoned",
+                    "Endpoints", KEY_ERRORS,
+                ),
+            }
+        },
+        **{
+            f"/admin/endpoints/{name}": {"post": {**locked, **order(name, summary)}}
+            for name, summary in ORDERS.items()
         },
         health_path: {"get": health()},
         "/livez": {"get": probe("livez", "Whether the process answers")},
@@ -301,6 +321,17 @@ def reading(
         "summary": summary,
         "parameters": [parameter("RequestId")],
         "responses": {"200": answer, **errors((*failures, *PLAIN_ERRORS))},
+    }
+
+
+def order(name: str, summary: str) -> dict[str, Any]:
+    """What an operator asks for: with an admin key, or from the machine itself."""
+    return {
+        **reading(name, "Operation", summary, "Endpoints", (400, *KEY_ERRORS, 404, 413, 415)),
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": ref("EndpointOrder")}},
+        },
     }
 
 

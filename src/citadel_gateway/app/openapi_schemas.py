@@ -262,6 +262,12 @@ GATEWAY: dict[str, Schema] = {
             "gateway": one("string", "The service's name."),
             "models": many(one("string"), "The models that can answer now."),
             "timestamp": one("string", "ISO 8601.", format="date-time"),
+            "panic": many(
+                one("string"), "Models with too few healthy endpoints, so that all are used."
+            ),
+            "cordoned": map_of(
+                one("integer"), "Endpoints that are out of service by command, by model id."
+            ),
         },
         required=("status", "gateway", "models", "timestamp"),
     ),
@@ -273,12 +279,40 @@ GATEWAY: dict[str, Schema] = {
             "breaker": one("string", enum=["closed", "open", "half_open"]),
             "in_flight": one("integer", "Requests it works on."),
             "max_concurrent": one("integer"),
+            "limit": one("integer", "What it may have now, at most `max_concurrent`."),
+            "cordoned": one("boolean", "Out of service by command."),
+            "slow_start_share": one("number", "Below 1 while it has not long been back."),
             "weight": one("number"),
             "latency_seconds": one(["number", "null"]),
             "last_error": one(["string", "null"]),
             "last_probe_seconds_ago": one(["number", "null"]),
         },
         required=("url", "healthy", "breaker", "in_flight", "max_concurrent", "weight"),
+    ),
+    "EndpointOrder": thing(
+        {
+            "endpoint": one("string", "Its URL; of a name with addresses: all of them."),
+            "model": one("string", "Only as an endpoint of this model."),
+            "within": one("number", "Seconds that a drain may take.", minimum=0, default=30),
+        },
+        required=("endpoint",),
+    ),
+    "Endpoints": thing(
+        {
+            "endpoints": many(
+                thing(
+                    {
+                        "model": one("string"),
+                        "endpoint": one("string", "Its URL."),
+                        "cordoned": one("boolean", "It gets nothing new."),
+                        "in_flight": one("integer", "Requests it works on."),
+                        "healthy": one("boolean"),
+                    }
+                )
+            ),
+            "drained": one("boolean", "Of a drain: whether its last request has ended."),
+        },
+        required=("endpoints",),
     ),
     "RouteExplanation": thing(
         {
@@ -300,6 +334,7 @@ GATEWAY: dict[str, Schema] = {
                     {
                         "status": one("string"),
                         "endpoints": many(ref("EndpointStatus")),
+                        "panic": one("boolean", "Too few are healthy, so that all are used."),
                         "waiting": one("integer", "Requests in the model's queue."),
                     }
                 ),

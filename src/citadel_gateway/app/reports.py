@@ -30,12 +30,18 @@ class Reports:
     def health(self, now: float) -> Json:
         """The report of ``/health``."""
         available = self.balancer.available_models(now)
-        return {
+        report: Json = {
             "status": self._status(len(available)),
             "gateway": self.balancer.config.service.name,
             "models": available,
             "timestamp": datetime.now(UTC).isoformat(),
         }
+        models = self.balancer.models.values()
+        if panics := [m.id for m in models if m.quorum.is_panicking]:
+            report["panic"] = panics
+        if cordoned := {m.id: n for m in models if (n := _cordoned(m))}:
+            report["cordoned"] = cordoned
+        return report
 
     def models(self, now: float, key: ApiKey | None) -> Json:
         data = [
@@ -64,6 +70,7 @@ class Reports:
                 model.id: {
                     "status": "available" if model.id in report["models"] else "unavailable",
                     "endpoints": [_endpoint(u, now) for u in model.upstreams],
+                    "panic": model.quorum.is_panicking,
                     "waiting": self.waitroom.depth(model.id),
                 }
                 for model in self.balancer.models.values()
@@ -117,6 +124,10 @@ class Reports:
         }
 
 
+def _cordoned(model: Model) -> int:
+    return sum(u.endpoint.cordoned for u in model.upstreams)
+
+
 def _endpoint(upstream: Upstream, now: float) -> Json:
     endpoint = upstream.endpoint
     probed = endpoint.health.observed_at
@@ -126,6 +137,9 @@ def _endpoint(upstream: Upstream, now: float) -> Json:
         "breaker": endpoint.breaker.state(now).value,
         "in_flight": endpoint.in_flight,
         "max_concurrent": endpoint.max_concurrent,
+        "limit": endpoint.limit,
+        "cordoned": endpoint.cordoned,
+        "slow_start_share": endpoint.warmth,
         "weight": endpoint.weight,
         "latency_seconds": round(endpoint.latency.value, 6),
         "last_error": endpoint.health.last_error,
@@ -142,6 +156,7 @@ def _candidate(group: Group, upstream: Upstream, now: float) -> Json:
         "why_not": _why_not(endpoint, now),
         "in_flight": endpoint.in_flight,
         "max_concurrent": endpoint.max_concurrent,
+        "limit": endpoint.limit,
         "weight": endpoint.weight,
         "cost": endpoint.cost,
         "cost_share": round(group.share(endpoint), 4),
@@ -150,7 +165,9 @@ def _candidate(group: Group, upstream: Upstream, now: float) -> Json:
 
 
 def _why_not(endpoint: Endpoint, now: float) -> str | None:
-    if not endpoint.health.healthy:
+    if endpoint.cordoned:
+        return "cordoned"
+    if not endpoint.is_in_service():
         return f"unhealthy: {endpoint.health.last_error or 'not probed yet'}"
     if now < endpoint.cooling_until:
         return f"asked to be left alone for {endpoint.cooling_until - now:.1f} s more"

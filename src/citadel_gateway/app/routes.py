@@ -12,9 +12,11 @@ from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
+from citadel_gateway.app.admin import MONITORING, add_admin
 from citadel_gateway.app.docs_page import read_asset
 from citadel_gateway.app.guard import Doorkeeper, Visitor
 from citadel_gateway.app.openapi import openapi_document
+from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.errors import (
@@ -32,9 +34,6 @@ from citadel_gateway.wire.headers import Fields
 from citadel_gateway.wire.openai_request import Kind, parse_request
 
 _MOST_BODY = 2**20
-MONITORING = "citadel.monitoring"
-"""ASGI extension: the request came in by the listener for metrics, which needs no key."""
-
 _LIVE = ("/livez", "/healthz", "/health/liveliness")
 _READY = ("/readyz", "/health/readiness")
 PROBED = frozenset((*_LIVE, *_READY))
@@ -50,6 +49,7 @@ class Gateway(Protocol):
     reports: Reports
     metrics: Metrics
     doorkeeper: Doorkeeper
+    operations: Operations
 
     def is_ready(self) -> bool: ...
 
@@ -67,6 +67,7 @@ def make_quart_app(gateway: Gateway) -> QuartTrio:
     )
     _add_health(app, gateway)
     _add_models(app, gateway)
+    add_admin(app, gateway)
     _add_documentation(app, gateway)
     _add_error_handlers(app, gateway)
     return app

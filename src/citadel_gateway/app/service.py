@@ -15,14 +15,16 @@ from typing import Any
 
 import trio
 
+from citadel_gateway.app.admin import MONITORING
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reports import Reports
-from citadel_gateway.app.routes import MONITORING, PROBED, make_quart_app
+from citadel_gateway.app.routes import PROBED, make_quart_app
 from citadel_gateway.app.server import Address, Server
 from citadel_gateway.app.watch import Watch
 from citadel_gateway.config.flat import AnyConfig, as_schema
@@ -97,6 +99,8 @@ class UnifiedAPIGatewayService:
             ),
             on_transition=self._note_transition,
         )
+        self.balancer.on_panic = self._note_panic
+        self.operations = Operations(self.balancer, self.admission.pump, self._note_order)
         self.reports = Reports(self.balancer, self.admission.waitroom, int(time.time()))
         self._now: Callable[[], float] = time.monotonic  # until the event loop's clock runs
         self.metrics = Metrics(self._levels)
@@ -335,6 +339,23 @@ class UnifiedAPIGatewayService:
         )
         self.admission.pump()
 
+    def _note_panic(self, model: str, begins: bool) -> None:
+        self.log.event(
+            logging.WARNING if begins else logging.INFO,
+            "panic",
+            model=model,
+            state="too few endpoints are healthy; all are used" if begins else "over",
+        )
+
+    def _note_order(self, what: str, endpoint: Endpoint) -> None:
+        self.log.event(
+            logging.INFO,
+            what,
+            model=endpoint.model,
+            endpoint=endpoint.url,
+            in_flight=endpoint.in_flight,
+        )
+
     def _note_arrival(self, endpoint: Endpoint, has_come: bool) -> None:
         self.log.event(
             logging.INFO,
@@ -407,6 +428,7 @@ class UnifiedAPIGatewayService:
         waitroom, queues = self.admission.waitroom, (*self.balancer.models, AUTO)
         return Levels(
             endpoints=tuple(u.endpoint for u in (*self.balancer.upstreams, *self.balancer.leaving)),
+            panics={name: m.quorum.is_panicking for name, m in self.balancer.models.items()},
             queue_depths={
                 (queue, name): waitroom.depth(queue, rank)
                 for queue in queues

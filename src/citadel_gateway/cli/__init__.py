@@ -9,6 +9,7 @@ import click
 
 from citadel_gateway.cli.check import check
 from citadel_gateway.cli.demo import demo
+from citadel_gateway.cli.endpoints import cordon, drain, uncordon
 from citadel_gateway.cli.keygen import keygen
 from citadel_gateway.cli.route import route
 from citadel_gateway.cli.serve import serve
@@ -22,5 +23,5 @@ def main() -> None:
     """One OpenAI-compatible address in front of your own language-model servers."""
 
 
-for _command in (serve, check, demo, sim, status, route, keygen):
+for _command in (serve, check, demo, sim, status, route, cordon, drain, uncordon, keygen):
     main.add_command(_command)

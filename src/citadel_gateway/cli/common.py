@@ -69,15 +69,23 @@ def _first(error: BaseException) -> BaseException:
 
 
 def ask_gateway(
-    method: str, url: str, path: str, key: str | None, *, expects: str, json: Any = None
+    method: str,
+    url: str,
+    path: str,
+    key: str | None,
+    *,
+    expects: str,
+    json: Any = None,
+    within: float = 10.0,
 ) -> dict[str, Any]:
     """The report of a running gateway; leaves with 1 when it refuses, with 69 when there is none.
 
     :param expects: a field that the report has, by which a stranger at *url* is told apart.
+    :param within: seconds to wait for it.
     """
     headers = {b"authorization": f"Bearer {key}".encode()} if key else {}
     try:
-        with httpx.Client(trust_env=False, timeout=10.0) as client:
+        with httpx.Client(trust_env=False, timeout=within) as client:
             response = client.request(method, url.rstrip("/") + path, headers=headers, json=json)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         leave(f"no gateway answers at {url}: {exc}", EXIT_UNAVAILABLE)

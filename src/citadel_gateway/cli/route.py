@@ -99,7 +99,7 @@ def _print(report: dict[str, Any]) -> None:
                 each["model"],
                 each["endpoint"],
                 "yes" if each["eligible"] else f"no: {each['why_not']}",
-                f"{each['in_flight']}/{each['max_concurrent']}",
+                f"{each['in_flight']}/{each['limit']}",
                 f"{each['weight']:g}",
                 "-" if each["cost"] is None else f"{each['cost']:g}",
                 f"{each['cost_share']:.2f}",

@@ -90,7 +90,9 @@ def status_table(report: dict[str, Any]) -> Table:
 
 def _cells(endpoint: dict[str, Any], waiting: str) -> tuple[str, ...]:
     health = "[green]up[/]"
-    if not endpoint["healthy"]:
+    if endpoint["cordoned"]:
+        health = "[yellow]cordoned[/]"
+    elif not endpoint["healthy"]:
         health = f"[red]down[/] {endpoint['last_error'] or ''}"
     colour = _COLOURS[endpoint["breaker"]]
     latency = endpoint["latency_seconds"]
@@ -98,7 +100,7 @@ def _cells(endpoint: dict[str, Any], waiting: str) -> tuple[str, ...]:
         endpoint["url"],
         health,
         f"[{colour}]{endpoint['breaker']}[/]",
-        f"{endpoint['in_flight']}/{endpoint['max_concurrent']}",
+        f"{endpoint['in_flight']}/{endpoint['limit']}",
         waiting,
         f"{latency * 1000:.0f} ms" if latency else "-",
     )

@@ -15,7 +15,7 @@ from citadel_gateway.config.schema import (
     ServiceConfig,
     TlsConfig,
 )
-from citadel_gateway.config.values import Resolve, Url
+from citadel_gateway.config.values import Count, Resolve, Url
 
 AUTO = "auto"
 
@@ -69,12 +69,29 @@ def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> 
         if endpoint.url in seen:
             yield Problem((*path, "endpoints", index, "url"), f"{endpoint.url} is there twice")
         seen.add(endpoint.url)
+    yield from _concurrency_rules(path, model)
     yield from _reach_rules(path, model)
     for index, fallback in enumerate(model.fallbacks):
         where = (*path, "fallbacks", index)
         if fallback == name:
             yield Problem(where, "a model cannot be its own fallback")
         yield from _must_be_models(config, where, [fallback])
+
+
+def _concurrency_rules(path: Steps, model: ModelConfig) -> Iterator[Problem]:
+    places: list[tuple[Steps, Count | None, Count]] = [
+        (path, model.min_concurrent, model.max_concurrent)
+    ]
+    for index, endpoint in enumerate(model.endpoints):
+        if endpoint.min_concurrent is not None or endpoint.max_concurrent is not None:
+            least = endpoint.min_concurrent or model.min_concurrent
+            most = endpoint.max_concurrent or model.max_concurrent
+            places.append(((*path, "endpoints", index), least, most))
+    for where, least, most in places:
+        if least is not None and least > most:
+            yield Problem(
+                (*where, "min_concurrent"), f"{least} is more than max_concurrent, {most}"
+            )
 
 
 def _reach_rules(path: Steps, model: ModelConfig) -> Iterator[Problem]:

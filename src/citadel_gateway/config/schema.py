@@ -155,6 +155,16 @@ class LoadBalancerConfig:
     retry_budget_floor: Rate = option(
         Rate(3.0), "Retries a second that are allowed on top of the ratio."
     )
+    panic_threshold: Ratio = option(
+        Ratio(0.5),
+        "Below this share of healthy ones, but not at none, a model's endpoints are used whether "
+        "they are healthy or not; 0: never.",
+    )
+    slow_start: Grace = option(
+        Grace(10.0),
+        "How long the share and the concurrency of an endpoint that has come back, or joins "
+        "others, take to grow to what they should be; 0: none.",
+    )
     dns_ttl: Seconds = option(
         Seconds(10.0),
         "Names of endpoints are looked up again after it; the system tells no time to live.",
@@ -199,6 +209,8 @@ class EndpointConfig:
     max_concurrent: Count | None = option(
         None, "Requests it works on at once; default: the model's."
     )
+    adaptive_concurrency: bool | None = option(None, "Default: the model's.")
+    min_concurrent: Count | None = option(None, "Default: the model's.")
     api_key: Secret | None = secret("Sent as a bearer token; default: the model's.")
     engine: Engine | None = option(None, "Default: the model's.")
     resolve: Resolve | None = option(None, "Default: the model's.")
@@ -213,6 +225,14 @@ class ModelConfig:
     endpoints: tuple[EndpointConfig, ...] = option((), "Servers of this model.")
     weight: Weight = option(Weight(1.0), "Share of the load.")
     max_concurrent: Count = option(Count(100), "Requests each endpoint works on at once.")
+    adaptive_concurrency: bool = option(
+        False,
+        "Find out by measuring how many requests each endpoint should have at once, from "
+        "min_concurrent to max_concurrent.",
+    )
+    min_concurrent: Count | None = option(
+        None, "The least that adaptive_concurrency leaves; default: 4."
+    )
     cost_per_request: Cost | None = option(None, "For cost-aware routing.")
     cost_per_hour: Cost | None = option(
         None, "Price of an endpoint's hour; used when cost_per_request is absent."
@@ -243,6 +263,12 @@ class ModelConfig:
                 e,
                 weight=e.weight if e.weight is not None else self.weight,
                 max_concurrent=e.max_concurrent or self.max_concurrent,
+                adaptive_concurrency=(
+                    self.adaptive_concurrency
+                    if e.adaptive_concurrency is None
+                    else e.adaptive_concurrency
+                ),
+                min_concurrent=e.min_concurrent or self.min_concurrent,
                 api_key=e.api_key or self.api_key,
                 engine=e.engine or self.engine,
                 resolve=e.resolve or self.resolve,
@@ -324,6 +350,7 @@ class ApiKeyConfig:
     id: Name = required("Names the key in logs.")
     sha256: Sha256 = required("SHA-256 of the whole key, in hexadecimal.")
     allowed_models: tuple[Name, ...] = option((), "Models it may use; default: all.")
+    admin: bool = option(False, "It may cordon and drain endpoints.")
     rate_limit_rps: Rate | None = option(None, "This key's own requests a second.")
     rate_limit_burst: Count | None = option(None, "Default: five seconds' worth.")
     weight: Weight = option(

@@ -51,6 +51,7 @@ class Levels:
     endpoints: tuple[Endpoint, ...]
     queue_depths: dict[tuple[str, str], int]  # by model and class
     queue_waits: dict[str, float]  # predicted, by model
+    panics: dict[str, bool] = attrs.field(factory=dict)  # by model
     in_flight: int
     connections: int
     tasks: int
@@ -238,6 +239,17 @@ class Metrics:
             ),
             ("in_flight", "Requests with this endpoint.", lambda e: e.in_flight),
             ("endpoint_max_concurrent", "The most it may have.", lambda e: e.max_concurrent),
+            (
+                "endpoint_limit",
+                "The most it may have now: less while it starts slowly, or adapts.",
+                lambda e: e.limit,
+            ),
+            (
+                "endpoint_slow_start_share",
+                "Part of its share that it gets: below 1 while it starts slowly.",
+                lambda e: e.warmth,
+            ),
+            ("endpoint_cordoned", "1 if it gets nothing new, by command.", lambda e: e.cordoned),
             ("endpoint_latency_seconds", "Peak EWMA of its latency.", lambda e: e.latency.value),
         ]
         for name, doc, value in gauges:
@@ -289,6 +301,10 @@ def _other_gauges(levels: Levels) -> Iterator[str]:
     yield head(name, "Wait of a client that has nothing in the queue yet; 0 if unknown.", "gauge")
     for model, wait in levels.queue_waits.items():
         yield f"{name}{label_text(('model',), (model,))} {number(wait)}\n"
+    name = "citadel_gateway_panic"
+    yield head(name, "1 while too few endpoints are healthy, so that all are used.", "gauge")
+    for model, panics in levels.panics.items():
+        yield f"{name}{label_text(('model',), (model,))} {number(panics)}\n"
     for what, doc, value in (
         ("in_flight_requests", "Requests with an endpoint.", levels.in_flight),
         ("client_connections", "Open client connections.", levels.connections),

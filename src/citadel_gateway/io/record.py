@@ -99,6 +99,7 @@ class RequestRecord:
     ended: float = 0.0
     queue_wait: float = 0.0
     hang_up: Callable[[], None] = nobody_to_hang_up_on
+    on_commit: Callable[[float], None] | None = None  # told the time, if somebody wants to know
     upstream_wait: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
@@ -116,6 +117,8 @@ class RequestRecord:
         the client's body, for a slot, and for upstreams.
         """
         self.status, self.committed = status, now
+        if self.on_commit is not None:
+            self.on_commit(now)
         began = self.began if self.received is None else self.received
         self.overhead = max(0.0, now - began - self.queue_wait - self.upstream_wait)
 

@@ -21,6 +21,7 @@ class ApiKey:
     id: str
     digest: bytes
     allowed_models: frozenset[str] = frozenset()
+    is_admin: bool = False
 
     def may_use(self, model: str) -> bool:
         return not self.allowed_models or model in self.allowed_models

@@ -40,6 +40,11 @@ class Urn:
         if weight:
             self._change(self._places[endpoint], -weight)
 
+    def reweigh(self, endpoint: Endpoint) -> None:
+        if endpoint in self._inside:
+            self.take(endpoint)
+            self.put(endpoint)
+
     def forget(self, endpoint: Endpoint) -> None:
         self.take(endpoint)
         place = self._places.pop(endpoint, 0)
@@ -103,6 +108,9 @@ class WeightedRandom:
 
     def eased(self, endpoint: Endpoint) -> None:
         """Chance does not look at load."""
+
+    def reweigh(self, endpoint: Endpoint) -> None:
+        self.urn.reweigh(endpoint)
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         aside: list[Endpoint] = []

@@ -7,9 +7,21 @@ from collections.abc import Callable
 
 import attrs
 
-from citadel_gateway.policy.circuit_breaker import CircuitBreaker, Permit, Transition, Verdict
+from citadel_gateway.policy.adaptive import AdaptiveLimit, Sample
+from citadel_gateway.policy.circuit_breaker import (
+    CircuitBreaker,
+    Permit,
+    State,
+    Transition,
+    Verdict,
+)
 from citadel_gateway.policy.health_tracker import HealthTracker
 from citadel_gateway.policy.latency import PeakEwma
+from citadel_gateway.policy.slow_start import NO_SLOW_START, SlowStart
+
+
+def nobody_asks() -> None:
+    """What there is to tell of an endpoint that belongs to nobody."""
 
 
 @attrs.define(eq=False)
@@ -18,6 +30,13 @@ class Endpoint:
 
     Those who watch it are told when it may take more than before; that it can take less they see
     when they look.
+
+    :param limit: requests it may have now: ``max_concurrent``, or less while it is warming up or
+        because an :class:`AdaptiveLimit` says so.
+    :param warmth: the part of its weight that it gets now; 1 but for a while after it came back.
+    :param is_newcomer: it joins others that are at work already, so it starts slowly, too.
+    :param is_needed: too few of its pool are healthy, so that it is used although it is not.
+    :param on_standing: told when it has become well, ill, cordoned or not cordoned.
     """
 
     model: str
@@ -30,11 +49,28 @@ class Endpoint:
     latency: PeakEwma = attrs.field(factory=PeakEwma)
     in_flight: int = 0
     cooling_until: float = -math.inf
+    adaptive: AdaptiveLimit | None = None
+    slow_start: SlowStart = NO_SLOW_START
+    is_newcomer: bool = False
+    cordoned: bool = attrs.field(default=False, init=False)
+    is_needed: bool = attrs.field(default=False, init=False)
+    limit: int = attrs.field(init=False)
+    warmth: float = attrs.field(default=1.0, init=False)
     watchers: list[Callable[[Endpoint], None]] = attrs.field(factory=list, init=False, repr=False)
+    on_standing: Callable[[], None] = attrs.field(default=nobody_asks, init=False, repr=False)
+    _back_since: float = attrs.field(default=-math.inf, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._refit()
 
     def probed(self, error: str | None, now: float) -> bool:
         """Learn a probe's result, ``None`` when it was good; true if it became well or ill."""
+        is_first, was_used = self.health.observed_at is None, self.is_in_service()
         flipped = self.health.observe(error, now)
+        if flipped and not was_used and (self.is_newcomer or not is_first):
+            self.start_slowly(now)
+        if flipped or is_first:
+            self.on_standing()
         if flipped:
             self.eased()
         return flipped
@@ -45,11 +81,68 @@ class Endpoint:
             tell(self)
 
     def is_available(self, now: float) -> bool:
-        """Healthy, not cooling down, and its breaker would let a request through."""
-        return self.health.healthy and now >= self.cooling_until and self.breaker.would_admit(now)
+        """In service, not cooling down, and its breaker would let a request through."""
+        return (
+            (self.health.healthy or self.is_needed)
+            and not self.cordoned
+            and now >= self.cooling_until
+            and self.breaker.would_admit(now)
+        )
+
+    def is_in_service(self) -> bool:
+        """Whether it is used at all, so that nothing but time keeps it from taking requests."""
+        return (self.health.healthy or self.is_needed) and not self.cordoned
 
     def has_room(self) -> bool:
-        return self.in_flight < self.max_concurrent
+        return self.in_flight < self.limit
+
+    def cordon(self) -> None:
+        """Give it nothing new from now on; what it has, it may finish."""
+        if not self.cordoned:
+            self.cordoned = True
+            self.on_standing()
+            self.eased()  # so that those who wait for it see that it is in vain
+
+    def uncordon(self, now: float) -> None:
+        if self.cordoned:
+            self.cordoned = False
+            self.start_slowly(now)
+            self.on_standing()
+            self.eased()
+
+    def start_slowly(self, now: float) -> None:
+        """It is back: its share and its concurrency grow from now on."""
+        self._back_since = now
+        self.warm_up(now)
+
+    def warm_up(self, now: float) -> None:
+        """Give it what it may have by *now*."""
+        self.warmth = self.slow_start.share(self._back_since, now)
+        self._refit()
+
+    def warmer_at(self) -> float:
+        """When it may have more than now, while it is warming up."""
+        return self.slow_start.next_step(self.warmth, self._back_since)
+
+    def be_warm(self) -> None:
+        """There is nobody else: take all at once."""
+        self._back_since = -math.inf
+        self.warmth = 1.0
+        self._refit()
+
+    def measured(self, sample: Sample, now: float) -> bool:
+        """Learn how long an answer took, or that it was too much; true if it may have more now."""
+        before = self.limit
+        if self.adaptive is not None:
+            self.adaptive.learn(sample, now)
+            self._refit()
+            if self.limit > before:
+                self.eased()
+        return self.limit > before
+
+    def _refit(self) -> None:
+        most = self.max_concurrent if self.adaptive is None else self.adaptive.limit
+        self.limit = most if self.warmth == 1.0 else math.ceil(most * self.warmth)
 
     def available_in(self, now: float) -> float:
         """Seconds until it may be available, as far as anybody can tell; 0 if it is."""
@@ -91,6 +184,8 @@ class Slot:
         endpoint = self.endpoint
         endpoint.in_flight -= 1
         transition = endpoint.breaker.settle(self.permit, verdict, now)
+        if transition is not None and transition.after is State.CLOSED:
+            endpoint.start_slowly(now)
         for tell in endpoint.watchers:
             tell(endpoint)
         return transition

@@ -37,5 +37,8 @@ class Picker(Protocol):
     def eased(self, endpoint: Endpoint) -> None:
         """It has less to do than before."""
 
+    def reweigh(self, endpoint: Endpoint) -> None:
+        """Its weight is another than before."""
+
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         """One that was not *tried* and fits."""

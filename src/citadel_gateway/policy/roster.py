@@ -6,6 +6,9 @@ back when it says that it may be able to take more (a request ended, a probe wen
 the time has come at which a rest or a cool-down ends.  Whoever is in line is looked at before it
 is given anything, so being there promises nothing, and the fact is never kept twice.
 
+An endpoint that is warming up may have more with every step that time makes; it is looked at when
+one is due, and not before.
+
 So a choice costs what it costs to look at the few that come first, however many there are, also
 when nearly all of them are down or full.
 """
@@ -31,6 +34,8 @@ class Roster:
     _full: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _away: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _returns: list[tuple[float, int, Endpoint]] = attrs.field(factory=list, init=False)
+    _steps: list[tuple[float, int, Endpoint]] = attrs.field(factory=list, init=False)
+    _warming: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _serial: int = attrs.field(default=0, init=False)
     _now: float = attrs.field(default=0.0, init=False)
 
@@ -41,11 +46,14 @@ class Roster:
             self._ready[endpoint] = None
             self.picker.join(endpoint, i / len(joining))
             endpoint.watchers.append(self.eased)
+            if endpoint.warmth < 1.0:
+                self.eased(endpoint)
 
     def remove(self, endpoint: Endpoint) -> None:
         """Give it nothing any more."""
         for place in (self._ready, self._full, self._away):
             place.pop(endpoint, None)
+        self._warming.pop(endpoint, None)
         self.picker.forget(endpoint)
         if self.eased in endpoint.watchers:
             endpoint.watchers.remove(self.eased)
@@ -55,7 +63,25 @@ class Roster:
         self._now = now
         if self._returns and self._returns[0][0] <= now:
             self._return(now)
+        if self._steps and self._steps[0][0] <= now:
+            self._step(now)
         return self.picker.pick(tried, self._fits)
+
+    def hurry(self, now: float) -> bool:
+        """Let those that are warming up take all they can, if no other is left to wait for.
+
+        Returns whether that makes room.
+        """
+        if not self._warming or any(
+            endpoint not in self._warming and endpoint.is_available(now)
+            for place in (self._ready, self._full)
+            for endpoint in place
+        ):
+            return False
+        for endpoint in list(self._warming):
+            endpoint.be_warm()
+            endpoint.eased()
+        return True
 
     def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether one that was not *tried* is available, with room or without."""
@@ -74,22 +100,30 @@ class Roster:
         """
 
         def chance(endpoint: Endpoint) -> float:
-            return max(endpoint.available_in(now), 0.0 if endpoint.health.healthy else next_probe)
+            unknown = 0.0 if endpoint.is_in_service() else next_probe
+            return max(endpoint.available_in(now), unknown)
 
         soonest = min(map(chance, (*self._ready, *self._full)), default=math.inf)
         returns = self._returns
-        while returns and not (returns[0][2] in self._away and returns[0][2].health.healthy):
+        while returns and not (returns[0][2] in self._away and returns[0][2].is_in_service()):
             heappop(returns)
         if returns:
             soonest = min(soonest, max(0.0, returns[0][0] - now))
         for endpoint in self._away:
             if soonest <= next_probe:
-                break  # no other can be sooner: the healthy ones are among the returns
+                break  # no other can be sooner: those in service are among the returns
             soonest = min(soonest, chance(endpoint))
         return soonest if soonest < math.inf else next_probe
 
     def eased(self, endpoint: Endpoint) -> None:
         """It may be able to take more than it could."""
+        if endpoint.warmth < 1.0:
+            if endpoint not in self._warming:
+                self._warming[endpoint] = None
+                self._weigh_anew(endpoint)
+        elif self._warming and endpoint in self._warming:
+            del self._warming[endpoint]
+            self.picker.reweigh(endpoint)
         if endpoint in self._ready:
             self.picker.eased(endpoint)
         elif endpoint in self._full or endpoint in self._away:
@@ -102,7 +136,7 @@ class Roster:
         if not endpoint.is_available(self._now):
             self._ready.pop(endpoint, None)
             self._send_away(endpoint, self._now)
-        elif endpoint.in_flight >= endpoint.max_concurrent:
+        elif endpoint.in_flight >= endpoint.limit:
             self._ready.pop(endpoint, None)
             self._full[endpoint] = None
         else:
@@ -128,7 +162,7 @@ class Roster:
 
     def _send_away(self, endpoint: Endpoint, now: float) -> None:
         self._away[endpoint] = None
-        if endpoint.health.healthy:  # else a probe will tell
+        if endpoint.is_in_service():  # else a probe or an operator will tell
             self._serial += 1
             heappush(self._returns, (endpoint.available_at(now), self._serial, endpoint))
 
@@ -137,3 +171,18 @@ class Roster:
             endpoint = heappop(self._returns)[2]
             if endpoint in self._away:
                 self.eased(endpoint)
+
+    def _step(self, now: float) -> None:
+        """Those whose time it is get more."""
+        while self._steps and self._steps[0][0] <= now:
+            endpoint = heappop(self._steps)[2]
+            if endpoint in self._warming:
+                endpoint.warm_up(now)
+                self.eased(endpoint)
+                if endpoint in self._warming:
+                    self._weigh_anew(endpoint)
+
+    def _weigh_anew(self, endpoint: Endpoint) -> None:
+        self.picker.reweigh(endpoint)
+        self._serial += 1
+        heappush(self._steps, (endpoint.warmer_at(), self._serial, endpoint))

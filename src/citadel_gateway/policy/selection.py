@@ -43,9 +43,7 @@ class RoundRobin:
             due = self._clock + round(stride * (1 + place) / 3)
         else:
             due = max(self._clock, self._left.pop(endpoint, 0))  # missed turns are lost
-        self._serial += 1
-        turn = self._turns[endpoint] = (due, self._serial, endpoint)
-        heappush(self._line, turn)
+        self._stand(endpoint, due)
 
     def leave(self, endpoint: Endpoint) -> None:
         if turn := self._turns.pop(endpoint, None):
@@ -58,6 +56,16 @@ class RoundRobin:
 
     def eased(self, endpoint: Endpoint) -> None:
         """Whose turn it is has nothing to do with load."""
+
+    def reweigh(self, endpoint: Endpoint) -> None:
+        if endpoint not in self._strides:
+            return
+        stride = self._strides[endpoint] = round(_SCALE / self.weigh(endpoint)) or 1
+        soonest = self._clock + stride  # it need not wait for the end of a longer one
+        if endpoint in self._left:
+            self._left[endpoint] = min(self._left[endpoint], soonest)
+        elif self._turns[endpoint][0] > soonest:
+            self._stand(endpoint, soonest)
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         line, turns, aside, picked = self._line, self._turns, [], None
@@ -79,6 +87,11 @@ class RoundRobin:
         for turn in aside:
             heappush(line, turn)
         return picked
+
+    def _stand(self, endpoint: Endpoint, due: int) -> None:
+        self._serial += 1
+        turn = self._turns[endpoint] = (due, self._serial, endpoint)
+        heappush(self._line, turn)
 
 
 _Entry: TypeAlias = tuple[Score, int, int, Endpoint]
@@ -109,6 +122,9 @@ class Least:
         entry = self._entries.get(endpoint)
         if entry is not None and (score := self.score(endpoint)) < entry[0]:
             self._enter(endpoint, score)
+
+    def reweigh(self, endpoint: Endpoint) -> None:
+        self.eased(endpoint)  # a lower weight is noticed when its turn comes
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         line, entries, aside, picked = self._line, self._entries, [], None
@@ -148,11 +164,15 @@ def make_picker(algorithm: str, rng: random.Random, share: Share | None = None) 
     """A fresh picker for one group of endpoints; *algorithm* as named in the configuration."""
     share = share or evenly
 
+    def turns(endpoint: Endpoint) -> float:
+        return endpoint.warmth * share(endpoint)
+
     def weigh(endpoint: Endpoint) -> float:
-        return endpoint.weight * share(endpoint)
+        return endpoint.weight * endpoint.warmth * share(endpoint)
 
     def load(endpoint: Endpoint) -> Score:
-        return ((endpoint.in_flight + 1) / (endpoint.weight * share(endpoint)),)
+        weight = endpoint.weight * endpoint.warmth * share(endpoint)
+        return ((endpoint.in_flight + 1) / weight,)
 
     def expected_latency(endpoint: Endpoint) -> Score:
         """An unknown endpoint is tried first, but by one request, not by all until it answers."""
@@ -163,7 +183,7 @@ def make_picker(algorithm: str, rng: random.Random, share: Share | None = None) 
 
     match algorithm:
         case "round_robin":
-            return RoundRobin(share)
+            return RoundRobin(turns)
         case "weighted_round_robin":
             return RoundRobin(weigh)
         case "random":

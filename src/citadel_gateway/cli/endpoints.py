@@ -1,0 +1,84 @@
+"""``citadel-gateway cordon``, ``uncordon`` and ``drain``: take an endpoint out of service."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from citadel_gateway.app.admin import ADMIN
+from citadel_gateway.app.operations import DRAIN, LONGEST_DRAIN
+from citadel_gateway.cli.common import EXIT_FAILED, ask_gateway, key_option
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MORE = 10.0  # seconds for the answer itself
+
+
+def _order(command: F) -> F:
+    """What the three commands have in common."""
+    for decorate in (
+        key_option,
+        click.option(
+            "--url", default="http://127.0.0.1:9090", show_default=True,
+            help="A running gateway: its listener for metrics, or any with an admin key.",
+        ),
+        click.option("--model", help="Only as an endpoint of this model; default: of all."),
+        click.argument("endpoint"),
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+@click.command()
+@_order
+def cordon(endpoint: str, model: str | None, url: str, key: str | None) -> None:
+    """Give ENDPOINT (its URL) nothing new; what it has, it finishes.
+
+    It stays cordoned until it is uncordoned or the gateway restarts.
+    """
+    _print(_send("cordon", endpoint, model, url, key))
+
+
+@click.command()
+@_order
+def uncordon(endpoint: str, model: str | None, url: str, key: str | None) -> None:
+    """Give ENDPOINT (its URL) requests again."""
+    _print(_send("uncordon", endpoint, model, url, key))
+
+
+@click.command()
+@click.option(
+    "--within", type=click.FloatRange(0, LONGEST_DRAIN), default=DRAIN, show_default=True,
+    help="Seconds to wait for its requests to end.",
+)  # fmt: skip
+@_order
+def drain(endpoint: str, model: str | None, url: str, key: str | None, within: float) -> None:
+    """Cordon ENDPOINT (its URL) and wait until it has no requests any more.
+
+    Exits with 1 if it still has some; it stays cordoned then, too.
+    """
+    report = _send("drain", endpoint, model, url, key, within=within)
+    _print(report)
+    sys.exit(0 if report["drained"] else EXIT_FAILED)
+
+
+def _send(
+    what: str, endpoint: str, model: str | None, url: str, key: str | None, **more: float
+) -> dict[str, Any]:
+    order: dict[str, Any] = {"endpoint": endpoint, **more}
+    if model is not None:
+        order["model"] = model
+    return ask_gateway(
+        "POST", url, f"{ADMIN}/{what}", key, expects="endpoints", json=order,
+        within=more.get("within", 0.0) + _MORE,
+    )  # fmt: skip
+
+
+def _print(report: dict[str, Any]) -> None:
+    for each in report["endpoints"]:
+        state = "cordoned" if each["cordoned"] else "in service"
+        busy = f"{each['in_flight']} in flight"
+        click.echo(f"{each['model']}  {each['endpoint']}  {state}, {busy}")

@@ -1,0 +1,49 @@
+"""Which endpoints an operator has taken out of service, remembered by name.
+
+The name is remembered and not the endpoint, because an address that a name loses and gets back is
+a new endpoint, and it must not come back into service by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+
+from citadel_gateway.policy.endpoint import Endpoint
+
+
+@attrs.define
+class Cordons:
+    """By model and URL; the URL of a name stands for all its addresses."""
+
+    names: set[tuple[str, str]] = attrs.field(factory=set)
+
+    def apply(self, endpoint: Endpoint) -> None:
+        """Cordon an endpoint that is new if somebody has asked for that."""
+        if self.names and not self.names.isdisjoint(_names_of(endpoint)):
+            endpoint.cordon()
+
+    def cordon(self, url: str, endpoints: Iterable[Endpoint]) -> None:
+        for endpoint in endpoints:
+            self.names.add((endpoint.model, url))
+            endpoint.cordon()
+
+    def uncordon(self, endpoints: Iterable[Endpoint], now: float) -> None:
+        for endpoint in endpoints:
+            self.names.difference_update(_names_of(endpoint))
+            endpoint.uncordon(now)
+
+
+def is_called(endpoint: Endpoint, url: str) -> bool:
+    """Whether *url* means *endpoint*, perhaps among others."""
+    return url in {endpoint.url, _configured(endpoint)}
+
+
+def _names_of(endpoint: Endpoint) -> set[tuple[str, str]]:
+    return {(endpoint.model, endpoint.url), (endpoint.model, _configured(endpoint))}
+
+
+def _configured(endpoint: Endpoint) -> str:
+    """Its URL without the address that it has got as one of several."""
+    return endpoint.url.partition(" [")[0]
