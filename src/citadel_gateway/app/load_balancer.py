@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence, Set
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 import attrs
 import httpx
@@ -34,6 +35,15 @@ from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
 _NEXT_PROBE = 5.0  # seconds: when an endpoint that is down may be known to be up again
 
 
+@attrs.frozen(kw_only=True)
+class Numbers:
+    """What a configuration says about an endpoint, which may be older than it."""
+
+    weight: float
+    max_concurrent: int
+    cost: float | None
+
+
 @attrs.define(eq=False)
 class Upstream:
     """An endpoint and how to speak to it."""
@@ -41,6 +51,7 @@ class Upstream:
     endpoint: Endpoint
     target: Target
     probe: Probe
+    numbers: Numbers
     asks_usage: bool = True  # until it has refused `stream_options`
 
 
@@ -69,7 +80,6 @@ class Source:
     config: EndpointConfig
     origin: Origin
     serving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
-    leaving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
 
 
 _CAPABILITY = {
@@ -81,17 +91,26 @@ _CAPABILITY = {
 
 @attrs.define(eq=False)
 class Group:
-    """Endpoints that would do equally well, and whose turn it is among them."""
+    """Endpoints that would do equally well, and whose turn it is among them.
+
+    It outlives the configuration that it was made for, as do those who wait for it.
+
+    :param basis: what the picker goes by, besides what is written on the endpoints.
+    """
 
     name: str
     models: tuple[Model, ...]
     picker: Picker
     share: Share = evenly
+    basis: Hashable = None
     upstreams: dict[Endpoint, Upstream] = attrs.field(factory=dict, init=False)
     _roster: Roster = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._roster = Roster(self.picker)
+
+    def begin(self) -> None:
+        """Take in the endpoints of the models."""
         self.add([upstream for model in self.models for upstream in model.upstreams])
 
     def add(self, upstreams: Sequence[Upstream]) -> None:
@@ -100,10 +119,40 @@ class Group:
 
     def retire(self, upstream: Upstream) -> None:
         """Give it nothing new; who is with it already still finds it here."""
-        self._roster.remove(upstream.endpoint)
+        endpoint = upstream.endpoint
+        self._roster.remove(endpoint)
+        endpoint.watchers.append(self._forget_when_idle)
+        self._forget_when_idle(endpoint)
 
-    def forget(self, upstream: Upstream) -> None:
-        self.upstreams.pop(upstream.endpoint, None)
+    def _forget_when_idle(self, endpoint: Endpoint) -> None:
+        has_returned = endpoint in self._roster
+        if has_returned or endpoint.in_flight == 0:
+            endpoint.unwatch(self._forget_when_idle)
+            if not has_returned:
+                self.upstreams.pop(endpoint, None)
+
+    def renew(self, other: Group, reweighed: Set[Endpoint]) -> None:
+        """Become what *other* is, which has not begun; turns are kept, and so is who waits.
+
+        :param reweighed: endpoints whose share of the load is not what it was.
+        """
+        wanted = {u.endpoint: u for model in other.models for u in model.upstreams}
+        for endpoint, upstream in list(self.upstreams.items()):
+            if endpoint in self._roster and endpoint not in wanted:
+                self.retire(upstream)
+        new = [u for u in wanted.values() if u.endpoint not in self._roster]
+        self.models, self.share = other.models, other.share
+        self.upstreams |= wanted
+        if other.basis != self.basis or not reweighed.isdisjoint(wanted):
+            self.basis, self.picker = other.basis, other.picker
+            self._roster.reorder(self.picker)
+        self.add(new)
+
+    def dissolve(self) -> None:
+        """Nobody will ask it any more: be told nothing, either."""
+        for endpoint in self.upstreams:
+            self._roster.remove(endpoint)
+            endpoint.unwatch(self._forget_when_idle)
 
     def choose(self, tried: Container[Endpoint], now: float) -> Choice:
         """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
@@ -141,6 +190,8 @@ class LoadBalancer:
 
     :param rng: for random choices and jitter; seed it to repeat a run.
     :param resolver: knows the addresses of names.
+    :param previous: one that this is to :meth:`take_over` from; until then it serves nobody, and
+        changes nothing of what the two have in common: endpoints, and who waits for them.
     """
 
     def __init__(
@@ -149,11 +200,17 @@ class LoadBalancer:
         *,
         rng: random.Random | None = None,
         resolver: Resolver | None = None,
+        previous: LoadBalancer | None = None,
     ) -> None:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self.sources: list[Source] = []
+        self._leaving: list[Upstream] = []
+        # Every endpoint that anybody still has to do with, so that there is never a second one.
+        self._endpoints: WeakValueDictionary[tuple[str, str], Endpoint] = (
+            WeakValueDictionary() if previous is None else previous._endpoints
+        )
         self.models = {
             str(name): self._make_model(name, model) for name, model in config.models.items()
         }
@@ -162,10 +219,15 @@ class LoadBalancer:
             for name, model in config.models.items()
             for alias in model.aliases
         }
-        self._groups: dict[str, Group] = {
-            name: self._make_group(name, [m]) for name, m in self.models.items()
-        }
+        self._groups: dict[str, Group] = {}
         self._auto_groups: dict[tuple[str, ...], Group] = {}
+        if previous is None:
+            for name, model in self.models.items():
+                self._groups[name] = self._make_group(name, [model])
+                self._groups[name].begin()
+        else:
+            for source in self.sources:
+                self._follow(source, previous)
         windows = {m.config.context_window for m in self.models.values()}
         self._windows = sorted(window for window in windows if window is not None)
         self._known_auto_groups: dict[tuple[Kind, int, str | None], Group] = {}
@@ -177,7 +239,60 @@ class LoadBalancer:
     @property
     def leaving(self) -> list[Upstream]:
         """Those that get nothing new, and still have requests."""
-        return [upstream for source in self.sources for upstream in source.leaving.values()]
+        serving = {upstream.endpoint for upstream in self.upstreams}
+        self._leaving = [
+            u for u in self._leaving if u.endpoint.in_flight and u.endpoint not in serving
+        ]
+        return self._leaving
+
+    @property
+    def groups(self) -> list[Group]:
+        return [*self._groups.values(), *self._auto_groups.values()]
+
+    @property
+    def hosts(self) -> set[str]:
+        """Every name and address that somebody may connect to."""
+        origins = [u.target.origin for u in (*self.upstreams, *self._leaving)]
+        return {origin.host for origin in (*origins, *(s.origin for s in self.sources))}
+
+    def take_over(self, previous: LoadBalancer) -> None:
+        """Go on where *previous* is: with its endpoints, its turns, and those who wait.
+
+        It waits for nobody, so that nobody sees half of it.  From now on only this one follows
+        names and chooses; *previous* still knows what its own requests began with.
+        """
+        for source in self.sources:
+            self._follow(source, previous)
+        previous.sources.clear()
+        reweighed = {u.endpoint for u in self.upstreams if self._configure(u)}
+        known = {u.endpoint: u for u in previous.upstreams}
+        for upstream in self.upstreams:
+            if before := known.get(upstream.endpoint):
+                upstream.asks_usage = before.asks_usage
+        kept = {u.endpoint for u in self.upstreams}
+        gone = [u for u in previous.upstreams if u.endpoint not in kept]
+        self._leaving = [*previous.leaving, *gone]
+        for name, model in self.models.items():
+            fresh, before_it = self._make_group(name, [model]), previous._groups.get(name)
+            if before_it is None:
+                fresh.begin()
+            else:
+                before_it.renew(fresh, reweighed)
+            self._groups[name] = before_it or fresh
+        in_use = {*previous._known_auto_groups.values()}
+        for names, group in previous._auto_groups.items():
+            # Who waits in it has begun with these models, so it gets no others; but those that
+            # there are no longer, it does not get either.
+            models = [self.models[name] for name in names if name in self.models]
+            if models:
+                group.renew(self._make_auto_group(models), reweighed)
+                if len(models) == len(names) and group in in_use:
+                    self._auto_groups[names] = group
+        for name, model in previous.models.items():
+            if name in self.models:
+                model.upstreams = self.models[name].upstreams
+        for endpoint in kept:
+            endpoint.eased()  # there may be more room
 
     async def discover(self) -> None:
         """Look up every name whose addresses are endpoints; those that fail stay as they are."""
@@ -200,37 +315,35 @@ class LoadBalancer:
         new = []
         for address in addresses:
             if address not in source.serving:
-                upstream = source.leaving.pop(address, None) or self._make_upstream(source, address)
-                upstream.endpoint.health = self._unknown_health()  # to be probed before it is used
+                upstream = self._make_upstream(source, address)
+                upstream.endpoint.health = self.unknown_health()
                 source.serving[address] = upstream
                 new.append(upstream)
-        for upstream in gone:
-            self._retire(source, upstream)
         model = source.model
+        for upstream in gone:
+            model.upstreams.remove(upstream)
+            self._leaving.append(upstream)
+            for group in self._groups_of(model):
+                group.retire(upstream)
+        for upstream in new:
+            self._configure(upstream)
         model.upstreams += new
         for group in self._groups_of(model):
             group.add(new)
         return new, gone
 
-    def _retire(self, source: Source, upstream: Upstream) -> None:
-        endpoint, address = upstream.endpoint, upstream.target.origin.address or ""
-        source.model.upstreams.remove(upstream)
-        source.leaving[address] = upstream
-        for group in self._groups_of(source.model):
-            group.retire(upstream)
-
-        def forget_when_idle(_: Endpoint) -> None:
-            if endpoint.in_flight == 0 and source.leaving.get(address) is upstream:
-                del source.leaving[address]
-                for group in self._groups_of(source.model):
-                    group.forget(upstream)
-
-        endpoint.watchers.append(forget_when_idle)
-        forget_when_idle(endpoint)
+    def _follow(self, source: Source, previous: LoadBalancer) -> None:
+        """Let *source* have the endpoints that it has there, if it is there."""
+        for other in previous.sources:
+            if other.model.id == source.model.id and other.config.url == source.config.url:
+                for address in [a for a in source.serving if a not in other.serving]:
+                    source.model.upstreams.remove(source.serving.pop(address))
+                for address in [a for a in other.serving if a not in source.serving]:
+                    upstream = source.serving[address] = self._make_upstream(source, address)
+                    source.model.upstreams.append(upstream)
 
     def _groups_of(self, model: Model) -> list[Group]:
-        every = (*self._groups.values(), *self._auto_groups.values())
-        return [group for group in every if model in group.models]
+        return [group for group in self.groups if model in group.models]
 
     def resolve(self, name: str) -> Model | None:
         """The model called *name*, by its own name or by an alias."""
@@ -355,15 +468,28 @@ class LoadBalancer:
         key = tuple(model.id for model in models)
         group = self._auto_groups.get(key)
         if group is None:
-            share: Share = evenly
-            if self.config.gateway.cost_optimization_enabled:
-                share = share_by_cost(_cost(model.config) for model in models)
-            group = self._auto_groups[key] = self._make_group(AUTO, models, share)
+            group = self._auto_groups[key] = self._make_auto_group(models)
+            group.begin()
         return group
 
-    def _make_group(self, name: str, models: list[Model], share: Share = evenly) -> Group:
+    def _make_auto_group(self, models: list[Model]) -> Group:
+        if not self.config.gateway.cost_optimization_enabled:
+            return self._make_group(AUTO, models)
+        prices = [_cost(model.config) for model in models]
+        return self._make_group(
+            AUTO, models, share_by_cost(prices), min(filter(None, prices), default=None)
+        )
+
+    def _make_group(
+        self,
+        name: str,
+        models: list[Model],
+        share: Share = evenly,
+        cheapest: float | None = None,
+    ) -> Group:
         algorithm = self.config.load_balancer.algorithm.value
-        return Group(name, tuple(models), make_picker(algorithm, self._rng, share), share)
+        picker = make_picker(algorithm, self._rng, share)
+        return Group(name, tuple(models), picker, share, basis=(algorithm, cheapest))
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:
         model = Model(name, config, [])
@@ -387,20 +513,44 @@ class LoadBalancer:
         model, config = source.model, source.config
         origin = attrs.evolve(source.origin, address=address)
         engine = config.engine or model.config.engine
-        endpoint = Endpoint(
-            model=model.id,
-            url=config.url if address is None else f"{config.url} [{address}]",
+        numbers = Numbers(
             weight=config.weight or model.config.weight,
             max_concurrent=config.max_concurrent or model.config.max_concurrent,
             cost=_cost(model.config),
-            breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
-            health=self._unknown_health(),
         )
+        url = config.url if address is None else f"{config.url} [{address}]"
+        endpoint = self._endpoints.get((model.id, url))
+        if endpoint is None:
+            endpoint = self._endpoints[model.id, url] = Endpoint(
+                model=model.id,
+                url=url,
+                weight=numbers.weight,
+                max_concurrent=numbers.max_concurrent,
+                cost=numbers.cost,
+                breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
+                health=self.unknown_health(),
+            )
         return Upstream(
             endpoint=endpoint,
             target=Target.of(config.url, config.api_key, origin),
             probe=Probe.of(config.url, engine.value, config.api_key, origin),
+            numbers=numbers,
         )
+
+    def _configure(self, upstream: Upstream) -> bool:
+        """Let the endpoint go by this configuration; true if its share is not what it was."""
+        endpoint, numbers, balancing = (
+            upstream.endpoint,
+            upstream.numbers,
+            self.config.load_balancer,
+        )
+        before = (endpoint.weight, endpoint.cost)
+        endpoint.weight, endpoint.cost = numbers.weight, numbers.cost
+        endpoint.max_concurrent = numbers.max_concurrent
+        endpoint.breaker.renew(self._breaker_policy())
+        endpoint.health.rise = balancing.healthy_after
+        endpoint.health.fall = balancing.unhealthy_after
+        return before != (endpoint.weight, endpoint.cost)
 
     def _breaker_policy(self) -> BreakerPolicy:
         balancing = self.config.load_balancer
@@ -412,7 +562,8 @@ class LoadBalancer:
             min_requests=balancing.circuit_breaker_min_requests,
         )
 
-    def _unknown_health(self) -> HealthTracker:
+    def unknown_health(self) -> HealthTracker:
+        """Of an endpoint that is to be probed before it is used."""
         balancing = self.config.load_balancer
         return HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after)
 

@@ -124,11 +124,14 @@ class Server:
         """Whether somebody else listens on the same socket, and goes on when we stop."""
         return self._is_shared
 
-    def share(self) -> socket.socket:
-        """The listening socket, for another process; from now on it is shared with it."""
+    def share(self) -> None:
+        """Somebody else listens on the same socket from now on."""
+        self._is_shared = True
+
+    @property
+    def listener(self) -> socket.socket:
         if self._listener is None:
             raise RuntimeError("it does not listen")
-        self._is_shared = True
         return self._listener
 
     def renew(self, config: ServiceConfig, tls: ssl.SSLContext | None) -> None:
@@ -139,7 +142,7 @@ class Server:
         self.config, self._limits = config, _limits(config)
         self._hypercorn = _hypercorn_config(self.address, config)
         self._tls = tls
-        if self._listener is not None:
+        if self._listener is not None and self._listener.fileno() >= 0:
             _limit_stalls(self._listener, config.write_timeout)
 
     async def run(

@@ -13,7 +13,7 @@ import attrs
 
 log = logging.getLogger(__name__)
 
-_FIRST = 3  # descriptor, after standard input, output and error
+FIRST = 3  # descriptor, after standard input, output and error
 _MOST = 64
 
 HANDED_OVER_BY = "CITADEL_HANDED_OVER_BY"
@@ -54,6 +54,39 @@ class Inherited:
         return bound in {sockaddr[0] for *_, sockaddr in found}
 
 
+API = "api"
+MONITORING_LISTENER = "monitoring"
+"""Names of our two listeners, for whoever passes them on."""
+
+
+@attrs.define(eq=False)
+class Passed:
+    """Sockets that were passed on, each to be taken once."""
+
+    left: list[Inherited]
+
+    def take(self, name: str, host: str, port: int) -> socket.socket | None:
+        """The one called *name*, else the one that listens at *host* and *port*, if it is there."""
+        named = [each for each in self.left if each.name == name]
+        there = [
+            each
+            for each in self.left
+            if each.name not in {API, MONITORING_LISTENER} and each.is_at(host, port)
+        ]
+        for found in (*named, *there):
+            self.left.remove(found)
+            return found.socket
+        return None
+
+    def close_rest(self) -> list[str]:
+        """Close those that nobody has taken; returns what they were."""
+        rest = [str(each) for each in self.left]
+        for each in self.left:
+            each.socket.close()
+        self.left.clear()
+        return rest
+
+
 def inherited_sockets(environ: Mapping[str, str]) -> list[Inherited]:
     """The sockets that were passed on to this process, which now owns these descriptors.
 
@@ -71,7 +104,7 @@ def inherited_sockets(environ: Mapping[str, str]) -> list[Inherited]:
     names = environ.get("LISTEN_FDNAMES", "").split(":")
     found = []
     for place in range(min(int(count), _MOST)):
-        descriptor = _FIRST + place
+        descriptor = FIRST + place
         sock = _listening(descriptor)
         if sock is None:
             log.warning("descriptor %d is no TCP socket that listens: not used", descriptor)

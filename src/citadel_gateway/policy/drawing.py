@@ -47,6 +47,9 @@ class Urn:
             self._owners[place] = None
             self._vacant.append(place)
 
+    def inside(self) -> list[Endpoint]:
+        return [*self._inside]
+
     def draw(self) -> Endpoint | None:
         """One of those inside; it stays there."""
         if not self._total:
@@ -103,6 +106,9 @@ class WeightedRandom:
 
     def eased(self, endpoint: Endpoint) -> None:
         """Chance does not look at load."""
+
+    def in_order(self) -> list[Endpoint]:
+        return self.urn.inside()
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         aside: list[Endpoint] = []

@@ -44,6 +44,10 @@ class Endpoint:
         for tell in self.watchers:
             tell(self)
 
+    def unwatch(self, watcher: Callable[[Endpoint], None]) -> None:
+        """Tell *watcher* no longer; also right in the middle of telling them all."""
+        self.watchers = [each for each in self.watchers if each != watcher]
+
     def is_available(self, now: float) -> bool:
         """Healthy, not cooling down, and its breaker would let a request through."""
         return self.health.healthy and now >= self.cooling_until and self.breaker.would_admit(now)

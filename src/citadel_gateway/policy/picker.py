@@ -37,5 +37,8 @@ class Picker(Protocol):
     def eased(self, endpoint: Endpoint) -> None:
         """It has less to do than before."""
 
+    def in_order(self) -> list[Endpoint]:
+        """Those in line, in the order in which they would be picked, as far as that is known."""
+
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         """One that was not *tried* and fits."""

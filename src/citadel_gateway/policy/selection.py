@@ -59,6 +59,9 @@ class RoundRobin:
     def eased(self, endpoint: Endpoint) -> None:
         """Whose turn it is has nothing to do with load."""
 
+    def in_order(self) -> list[Endpoint]:
+        return [endpoint for _, _, endpoint in sorted(self._turns.values())]
+
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         line, turns, aside, picked = self._line, self._turns, [], None
         while line:
@@ -109,6 +112,9 @@ class Least:
         entry = self._entries.get(endpoint)
         if entry is not None and (score := self.score(endpoint)) < entry[0]:
             self._enter(endpoint, score)
+
+    def in_order(self) -> list[Endpoint]:
+        return [entry[3] for entry in sorted(self._entries.values())]
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         line, entries, aside, picked = self._line, self._entries, [], None
