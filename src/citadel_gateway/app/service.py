@@ -400,7 +400,9 @@ class UnifiedAPIGatewayService:
                 raise RuntimeError("the gateway is not open")
             previous = self.generation
             wanted, kept = keep_what_is_fixed(previous.config, as_schema(config))
-            tls = await trio.to_thread.run_sync(_read_tls, wanted, abandon_on_cancel=True)
+            tls = _Tls({}, None)
+            if wanted.service.tls_certfile or _tls_settings(wanted):
+                tls = await trio.to_thread.run_sync(_read_tls, wanted, abandon_on_cancel=True)
             generation = self._make_generation(wanted, digest, previous)
             await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
             self._succeed(generation, previous, tls)
