@@ -176,9 +176,9 @@ class Server:
         for connection in list(self._connections):
             if connection.served or not connection.is_idle:
                 connection.drain()
-        await self._context.terminated.set()
         with trio.move_on_after(_FRESH):
             await self._wait_until_empty()
+        await self._context.terminated.set()  # Hypercorn's connections close at once if idle
         for connection in list(self._connections):
             connection.drain()
         with trio.move_on_after(within):

@@ -27,7 +27,8 @@ def keep_what_is_fixed(
     for section, name in _FIXED:
         before, after = (getattr(getattr(c, section), name) for c in (running, wanted))
         if before != after:
-            kept.append(f"{section}.{name} stays {before} until a restart; the file says {after}")
+            said = "null" if after is None else after
+            kept.append(f"{section}.{name} stays {before} until a restart; the file says {said}")
             part = attrs.evolve(getattr(wanted, section), **{name: before})
             wanted = attrs.evolve(wanted, **{section: part})
     if (running.service.tls_certfile is None) != (wanted.service.tls_certfile is None):
