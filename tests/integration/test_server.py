@@ -312,7 +312,7 @@ async def test_who_connects_when_the_listener_has_closed_is_refused() -> None:
 async def test_a_request_that_has_arrived_but_was_not_read_yet_is_answered() -> None:
     async with serving() as running, await running.connect() as client:
         await client.request("GET", "/before")
-        running.server.promise_nothing()
+        running.server.share()  # so that stopping does not wait for anybody first
         stream = client.stream
         assert isinstance(stream, trio.SocketStream)
         os.write(stream.socket.fileno(), http_request("GET", "/a"))  # the server has no turn yet
@@ -324,13 +324,21 @@ async def test_a_request_that_has_arrived_but_was_not_read_yet_is_answered() -> 
 async def test_a_listener_that_is_shared_is_left_with_those_who_wait() -> None:
     """They are served by the next process, which has the same socket."""
 
-    def make(sock: socket.socket) -> Server:
-        here = Address("127.0.0.1", port)
-        return Server(Demo(), here, ServiceConfig(), lambda where, exc: None, inherited=sock)
+    served: list[str] = []
+
+    def make(name: str) -> Server:
+        demo = Demo()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            served.append(name)
+            await demo(scope, receive, send)
+
+        here, sock = Address("127.0.0.1", port), manager.dup()
+        return Server(app, here, ServiceConfig(), lambda where, exc: None, inherited=sock)
 
     with socket.create_server(("127.0.0.1", 0)) as manager, trio.fail_after(PATIENCE):
         port = manager.getsockname()[1]
-        first, second = make(manager.dup()), make(manager.dup())
+        first, second = make("first"), make("second")
         async with trio.open_nursery() as nursery:
             await nursery.start(first.run)
             async with await RawClient.connect(port) as client:
@@ -348,6 +356,7 @@ async def test_a_listener_that_is_shared_is_left_with_those_who_wait() -> None:
             await second.cut()
 
     assert answers == [b"/a"] * 20
+    assert served == ["first", *["second"] * 20]
     assert address == Address("127.0.0.1", port)
 
 

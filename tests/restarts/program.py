@@ -97,12 +97,12 @@ class Scene:
     writing: int
     log: Log
 
-    def write(self, turn: int = 0) -> None:
+    def write(self, turn: int = 0, **service: Any) -> None:
         """Another configuration for each *turn*: endpoints, weights, limits and algorithms move."""
         first, second = (f"http://127.0.0.1:{port}" for port in self.ports)
         urls = ([first, second], [second], [second, first], [first])[turn % 4]
         config: dict[str, Any] = {
-            "service": {"host": "127.0.0.1", "port": 0, "workers": 1, "lame_duck": 0.1},
+            "service": {"host": "127.0.0.1", "port": 0, "workers": 1, "lame_duck": 0.1, **service},
             "models": {
                 MODEL: {
                     "endpoints": [{"url": url, "weight": 1 + turn % 3} for url in urls],
@@ -117,15 +117,21 @@ class Scene:
         }
         if turn % 5 == 4:
             config["models"]["another"] = {"endpoint": first}
+        self.put(json.dumps(config))  # JSON is YAML, too
+
+    def put(self, text: str) -> None:
+        """Another file in the place of the one that is there."""
         fresh = self.file.with_suffix(".new")
-        fresh.write_text(json.dumps(config))  # JSON is YAML, too
+        fresh.write_text(text)
         fresh.replace(self.file)
 
     @property
     def executed(self) -> int:
         return sum(len(engine.posts) for engine in self.engines)
 
-    async def start(self, listener: socket.socket | None = None) -> trio.Process:
+    async def start(
+        self, listener: socket.socket | None = None, env: dict[str, str] | None = None
+    ) -> trio.Process:
         command = [sys.executable, "-m", "citadel_gateway", "serve", "--config", str(self.file)]
         if listener is not None:
             command = [sys.executable, "-c", _AS_MANAGER, str(listener.fileno()), *command[1:]]
@@ -133,6 +139,7 @@ class Scene:
             command,
             stdin=subprocess.DEVNULL,
             stderr=self.writing,
+            env={**os.environ, **(env or {})},
             pass_fds=() if listener is None else (listener.fileno(),),
         )
 
@@ -170,7 +177,7 @@ async def reload_often(directory: Path, times: int) -> Result:
     async with scene(directory) as here:
         process = await here.start()
         try:
-            port = _port(await here.log.wait_for("listening"))
+            port = port_of(await here.log.wait_for("listening"))
             before = await _idle_tasks(port)
             began = trio.current_time()
             async with under_load(port) as tally:
@@ -189,7 +196,7 @@ async def reload_often(directory: Path, times: int) -> Result:
             tasks = (before, await _idle_tasks(port))
             _note_complaints(here.log, tally)
         finally:
-            await _end(process)
+            await end(process)
     return Result(tally, seconds, here.executed, tasks)
 
 
@@ -213,7 +220,7 @@ async def restart_often(directory: Path, times: int) -> Result:
                 seconds = trio.current_time() - began
                 _note_complaints(here.log, tally)
             finally:
-                await _end(process)
+                await end(process)
     return Result(tally, seconds, here.executed)
 
 
@@ -223,7 +230,7 @@ async def hand_over_often(directory: Path, times: int) -> Result:
         process = await here.start()
         pids = [process.pid]
         try:
-            port = _port(await here.log.wait_for("listening"))
+            port = port_of(await here.log.wait_for("listening"))
             began = trio.current_time()
             async with under_load(port) as tally:
                 for _ in range(times):
@@ -238,11 +245,11 @@ async def hand_over_often(directory: Path, times: int) -> Result:
             for pid in pids[1:]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-            await _end(process)
+            await end(process)
     return Result(tally, seconds, here.executed)
 
 
-async def _end(process: trio.Process) -> None:
+async def end(process: trio.Process) -> None:
     with trio.CancelScope(shield=True):
         process.terminate()
         with trio.move_on_after(10):
@@ -258,7 +265,7 @@ def _note_complaints(log: Log, tally: Tally) -> None:
             tally.failed[f"in the log: {json.dumps(line)[:2000]}"] += 1
 
 
-def _port(listening: dict[str, Any]) -> int:
+def port_of(listening: dict[str, Any]) -> int:
     return int(listening["address"].rpartition(":")[2])
 
 
