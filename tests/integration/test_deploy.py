@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from citadel_gateway.config.loader import load_config
 from citadel_gateway.config.schema import ServiceConfig
+from citadel_gateway.io.listening import API
 from citadel_gateway.io.record import Outcome
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "systemd" / "citadel-llm@.service"
+SOCKET = DEPLOY / "systemd" / "citadel-llm@.socket"
 PROMETHEUS = DEPLOY / "prometheus"
 
 INSTANCE = "unified-api-gateway"
@@ -65,6 +68,30 @@ def test_systemd_finds_nothing_to_say_about_the_unit(unit: Path) -> None:
 
     # Unknown keys and bad values are only warned about, with status 0.
     assert (result.returncode, said(result)) == (0, "")
+
+
+@pytest.mark.parametrize("key", ["", "FileDescriptorName"])
+def test_systemd_finds_nothing_to_say_about_the_socket(key: str, unit: Path) -> None:
+    socket = unit.with_suffix(".socket")
+    socket.write_text(
+        SOCKET.read_text().replace(key, "FileDescriptorNme") if key else SOCKET.read_text()
+    )
+
+    result = run("systemd-analyze", "verify", "--man=no", str(unit), str(socket))
+
+    assert ("FileDescriptorNme" in said(result)) if key else (said(result) == "")
+
+
+def test_the_socket_is_the_one_of_the_shipped_configuration() -> None:
+    text = SOCKET.read_text()
+    service = load_config(DEPLOY.parent / "config" / "gateway.yaml", environ={}).service
+
+    assert f"\nListenStream={service.host}:{service.port}\n" in text
+    assert f"\nFileDescriptorName={API}\n" in text
+
+
+def test_a_reload_is_a_hang_up() -> None:
+    assert settings()["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 
 def test_verification_would_notice_a_misspelt_key(unit: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -268,6 +269,95 @@ async def test_a_port_in_use_cannot_be_listened_on() -> None:
         )
         with pytest.raises(CannotListen, match="it is in use"):
             await second.run()
+
+
+# Whoever has connected is answered.
+
+
+def connect_without_waiting(port: int, count: int) -> list[trio.SocketStream]:
+    """Connections with a request each, which the server had no turn to see yet."""
+    found = []
+    for _ in range(count):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(http_request("GET", "/a"))
+        sock.setblocking(False)
+        found.append(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+    return found
+
+
+@BOTH
+async def test_who_has_connected_but_was_not_seen_yet_is_answered(server: HttpServer) -> None:
+    answers = []
+    async with serving(server=server) as running:
+        waiting = connect_without_waiting(running.port, 200)
+        running.server.promise_nothing()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(running.server.stop, 5)
+            for stream in waiting:
+                async with RawClient(stream) as client:
+                    answers.append(await client.read_response())
+
+    assert [a.body for a in answers] == [b"/a"] * 200
+    if server is HttpServer.LLHTTP:
+        assert {a.header("connection") for a in answers} == {"close"}
+
+
+async def test_who_connects_when_the_listener_has_closed_is_refused() -> None:
+    async with serving() as running:
+        await running.server.stop(0)
+        with pytest.raises(OSError, match="all attempts to connect"):
+            await running.connect()
+
+
+async def test_a_request_that_has_arrived_but_was_not_read_yet_is_answered() -> None:
+    async with serving() as running, await running.connect() as client:
+        await client.request("GET", "/before")
+        running.server.share()  # so that stopping does not wait for anybody first
+        stream = client.stream
+        assert isinstance(stream, trio.SocketStream)
+        os.write(stream.socket.fileno(), http_request("GET", "/a"))  # the server has no turn yet
+        await running.server.stop(5)
+
+        assert (await client.read_response()).body == b"/a"
+
+
+async def test_a_listener_that_is_shared_is_left_with_those_who_wait() -> None:
+    """They are served by the next process, which has the same socket."""
+
+    served: list[str] = []
+
+    def make(name: str) -> Server:
+        demo = Demo()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            served.append(name)
+            await demo(scope, receive, send)
+
+        here, sock = Address("127.0.0.1", port), manager.dup()
+        return Server(app, here, ServiceConfig(), lambda where, exc: None, inherited=sock)
+
+    with socket.create_server(("127.0.0.1", 0)) as manager, trio.fail_after(PATIENCE):
+        port = manager.getsockname()[1]
+        first, second = make("first"), make("second")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(first.run)
+            async with await RawClient.connect(port) as client:
+                assert (await client.request("GET", "/b")).body == b"/b"
+            waiting = connect_without_waiting(port, 20)
+            await first.stop(0)
+            await first.cut()
+            assert first.open_connections == 0
+            address: Address = await nursery.start(second.run)
+            answers = []
+            for stream in waiting:
+                async with RawClient(stream) as client:
+                    answers.append((await client.read_response()).body)
+            await second.stop(0)
+            await second.cut()
+
+    assert answers == [b"/a"] * 20
+    assert served == ["first", *["second"] * 20]
+    assert address == Address("127.0.0.1", port)
 
 
 async def test_ipv6_is_listened_on_too() -> None:

@@ -33,8 +33,12 @@ _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 class Administered(Protocol):
     """What these routes need of the service."""
 
-    config: GatewayConfigSchema
-    doorkeeper: Doorkeeper
+    @property
+    def config(self) -> GatewayConfigSchema: ...
+
+    @property
+    def doorkeeper(self) -> Doorkeeper: ...
+
     operations: Operations
 
 

@@ -67,6 +67,15 @@ class Limiter:
             buckets.append(("client", self._clients.of(who, now)))
         return take(buckets, now)
 
+    def take_over(self, before: Limiter, now: float) -> None:
+        """Go on with what is left in the buckets of *before*, whatever the rates are now."""
+        self._everybody.take_over(before._everybody, now)
+        if self._clients is not None and before._clients is not None:
+            self._clients.take_over(before._clients, now)
+        for key_id, bucket in self._keys.items():
+            if key_id in before._keys:
+                bucket.take_over(before._keys[key_id], now)
+
     def forget_full(self, now: float) -> None:
         """Give back the memory of clients that have not been seen for a while."""
         if self._clients is not None:

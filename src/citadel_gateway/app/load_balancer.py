@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence, Set
 from contextlib import suppress
 from functools import partial
+from weakref import WeakValueDictionary
 
 import attrs
 import httpx
@@ -22,7 +23,6 @@ from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
 from citadel_gateway.io.resolver import Resolver, is_address
 from citadel_gateway.io.target import Target, split_url
 from citadel_gateway.io.transport import make_probe_client
-from citadel_gateway.policy.adaptive import AdaptiveLimit
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
 from citadel_gateway.policy.cordons import Cordons
@@ -40,6 +40,16 @@ _FLOOR = 4  # requests at once that an endpoint may always have, unless it is to
 _NEXT_PROBE = 5.0  # seconds: when an endpoint that is down may be known to be up again
 
 
+@attrs.frozen(kw_only=True)
+class Numbers:
+    """What a configuration says about an endpoint, which may be older than it."""
+
+    weight: float
+    max_concurrent: int
+    cost: float | None
+    floor: int | None  # of an adaptive limit, if it has one
+
+
 @attrs.define(eq=False)
 class Upstream:
     """An endpoint and how to speak to it."""
@@ -47,6 +57,7 @@ class Upstream:
     endpoint: Endpoint
     target: Target
     probe: Probe
+    numbers: Numbers
     engine: Engine = Engine.AUTO
     asks_usage: bool = True  # until it has refused `stream_options`
 
@@ -59,15 +70,33 @@ class Model:
     config: ModelConfig
     quorum: Quorum
     upstreams: list[Upstream] = attrs.field(factory=list, init=False)
+    _begun: bool = attrs.field(default=False, init=False)
+
+    def begin(self, previous: Model | None = None) -> None:
+        """Mind how many of the endpoints are well, as *previous* has done until now."""
+        endpoints = {upstream.endpoint for upstream in self.upstreams}
+        if previous is not None:
+            previous.quorum.renew(self.quorum, endpoints)
+            self.quorum = previous.quorum
+        for endpoint in endpoints:
+            self.quorum.add(endpoint)
+        self._begun = True
+
+    def end(self) -> None:
+        """There is no such model any more."""
+        for upstream in self.upstreams:
+            self.quorum.remove(upstream.endpoint)
 
     def add(self, upstreams: Sequence[Upstream]) -> None:
         self.upstreams += upstreams
-        for upstream in upstreams:
-            self.quorum.add(upstream.endpoint)
+        if self._begun:
+            for upstream in upstreams:
+                self.quorum.add(upstream.endpoint)
 
     def remove(self, upstream: Upstream) -> None:
         self.upstreams.remove(upstream)
-        self.quorum.remove(upstream.endpoint)
+        if self._begun:
+            self.quorum.remove(upstream.endpoint)
 
     def can_answer(self, request: InferenceRequest) -> bool:
         return _CAPABILITY[request.kind] in self.config.capabilities
@@ -86,7 +115,6 @@ class Source:
     config: EndpointConfig
     origin: Origin
     serving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
-    leaving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
 
 
 _CAPABILITY = {
@@ -98,17 +126,26 @@ _CAPABILITY = {
 
 @attrs.define(eq=False)
 class Group:
-    """Endpoints that would do equally well, and whose turn it is among them."""
+    """Endpoints that would do equally well, and whose turn it is among them.
+
+    It outlives the configuration that it was made for, as do those who wait for it.
+
+    :param basis: what the picker goes by, besides what is written on the endpoints.
+    """
 
     name: str
     models: tuple[Model, ...]
     picker: Picker
     share: Share = evenly
+    basis: Hashable = None
     upstreams: dict[Endpoint, Upstream] = attrs.field(factory=dict, init=False)
     _roster: Roster = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._roster = Roster(self.picker)
+
+    def begin(self) -> None:
+        """Take in the endpoints of the models."""
         self.add([upstream for model in self.models for upstream in model.upstreams])
 
     def add(self, upstreams: Sequence[Upstream]) -> None:
@@ -117,10 +154,40 @@ class Group:
 
     def retire(self, upstream: Upstream) -> None:
         """Give it nothing new; who is with it already still finds it here."""
-        self._roster.remove(upstream.endpoint)
+        endpoint = upstream.endpoint
+        self._roster.remove(endpoint)
+        endpoint.watchers.append(self._forget_when_idle)
+        self._forget_when_idle(endpoint)
 
-    def forget(self, upstream: Upstream) -> None:
-        self.upstreams.pop(upstream.endpoint, None)
+    def _forget_when_idle(self, endpoint: Endpoint) -> None:
+        has_returned = endpoint in self._roster
+        if has_returned or endpoint.in_flight == 0:
+            endpoint.unwatch(self._forget_when_idle)
+            if not has_returned:
+                self.upstreams.pop(endpoint, None)
+
+    def renew(self, other: Group, reweighed: Set[Endpoint]) -> None:
+        """Become what *other* is, which has not begun; turns are kept, and so is who waits.
+
+        :param reweighed: endpoints whose share of the load is not what it was.
+        """
+        wanted = {u.endpoint: u for model in other.models for u in model.upstreams}
+        for endpoint, upstream in list(self.upstreams.items()):
+            if endpoint in self._roster and endpoint not in wanted:
+                self.retire(upstream)
+        new = [u for u in wanted.values() if u.endpoint not in self._roster]
+        self.models, self.share = other.models, other.share
+        self.upstreams |= wanted
+        if other.basis != self.basis or not reweighed.isdisjoint(wanted):
+            self.basis, self.picker = other.basis, other.picker
+            self._roster.reorder(self.picker)
+        self.add(new)
+
+    def dissolve(self) -> None:
+        """Nobody will ask it any more: be told nothing, either."""
+        for endpoint in self.upstreams:
+            self._roster.remove(endpoint)
+            endpoint.unwatch(self._forget_when_idle)
 
     def choose(self, tried: Container[Endpoint], now: float) -> Choice:
         """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
@@ -168,6 +235,8 @@ class LoadBalancer:
 
     :param rng: for random choices and jitter; seed it to repeat a run.
     :param resolver: knows the addresses of names.
+    :param previous: one that this is to :meth:`take_over` from; until then it serves nobody, and
+        changes nothing of what the two have in common: endpoints, and who waits for them.
     """
 
     def __init__(
@@ -176,13 +245,19 @@ class LoadBalancer:
         *,
         rng: random.Random | None = None,
         resolver: Resolver | None = None,
+        previous: LoadBalancer | None = None,
     ) -> None:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self.sources: list[Source] = []
-        self.cordons = Cordons()
+        self.cordons: Cordons = Cordons() if previous is None else previous.cordons
         self.on_panic: Callable[[str, bool], None] = lambda *_: None  # told of models
+        self._leaving: list[Upstream] = []
+        # Every endpoint that anybody still has to do with, so that there is never a second one.
+        self._endpoints: WeakValueDictionary[tuple[str, str], Endpoint] = (
+            WeakValueDictionary() if previous is None else previous._endpoints
+        )
         self.models = {
             str(name): self._make_model(name, model) for name, model in config.models.items()
         }
@@ -191,10 +266,16 @@ class LoadBalancer:
             for name, model in config.models.items()
             for alias in model.aliases
         }
-        self._groups: dict[str, Group] = {
-            name: self._make_group(name, [m]) for name, m in self.models.items()
-        }
+        self._groups: dict[str, Group] = {}
         self._auto_groups: dict[tuple[str, ...], Group] = {}
+        if previous is None:
+            for name, model in self.models.items():
+                model.begin()
+                self._groups[name] = self._make_group(name, [model])
+                self._groups[name].begin()
+        else:
+            for source in self.sources:
+                self._follow(source, previous)
         windows = {m.config.context_window for m in self.models.values()}
         self._windows = sorted(window for window in windows if window is not None)
         self._known_auto_groups: dict[tuple[Kind, int, str | None], Group] = {}
@@ -206,7 +287,64 @@ class LoadBalancer:
     @property
     def leaving(self) -> list[Upstream]:
         """Those that get nothing new, and still have requests."""
-        return [upstream for source in self.sources for upstream in source.leaving.values()]
+        serving = {upstream.endpoint for upstream in self.upstreams}
+        self._leaving = [
+            u for u in self._leaving if u.endpoint.in_flight and u.endpoint not in serving
+        ]
+        return self._leaving
+
+    @property
+    def groups(self) -> list[Group]:
+        return [*self._groups.values(), *self._auto_groups.values()]
+
+    @property
+    def hosts(self) -> set[str]:
+        """Every name and address that somebody may connect to."""
+        origins = [u.target.origin for u in (*self.upstreams, *self._leaving)]
+        return {origin.host for origin in (*origins, *(s.origin for s in self.sources))}
+
+    def take_over(self, previous: LoadBalancer) -> None:
+        """Go on where *previous* is: with its endpoints, its turns, and those who wait.
+
+        It waits for nobody, so that nobody sees half of it.  From now on only this one follows
+        names and chooses; *previous* still knows what its own requests began with.
+        """
+        for source in self.sources:
+            self._follow(source, previous)
+        previous.sources.clear()
+        reweighed = {u.endpoint for u in self.upstreams if self._configure(u)}
+        known = {u.endpoint: u for u in previous.upstreams}
+        for upstream in self.upstreams:
+            if before := known.get(upstream.endpoint):
+                upstream.asks_usage = before.asks_usage
+        kept = {u.endpoint for u in self.upstreams}
+        gone = [u for u in previous.upstreams if u.endpoint not in kept]
+        self._leaving = [*previous.leaving, *gone]
+        for name, model in self.models.items():
+            fresh, before_it = self._make_group(name, [model]), previous._groups.get(name)
+            if before_it is None:
+                fresh.begin()
+            else:
+                before_it.renew(fresh, reweighed)
+            self._groups[name] = before_it or fresh
+        in_use = {*previous._known_auto_groups.values()}
+        for names, group in previous._auto_groups.items():
+            # Who waits in it has begun with these models, so it gets no others; but those that
+            # there are no longer, it does not get either.
+            models = [self.models[name] for name in names if name in self.models]
+            if models:
+                group.renew(self._make_auto_group(models), reweighed)
+                if len(models) == len(names) and group in in_use:
+                    self._auto_groups[names] = group
+        for name, model in self.models.items():
+            model.begin(previous.models.get(name))
+        for name, model in previous.models.items():
+            if name in self.models:
+                model.upstreams = self.models[name].upstreams
+            else:
+                model.end()
+        for endpoint in kept:
+            endpoint.eased()  # there may be more room
 
     async def discover(self) -> None:
         """Look up every name whose addresses are endpoints; those that fail stay as they are."""
@@ -230,38 +368,36 @@ class LoadBalancer:
         new = []
         for address in addresses:
             if address not in source.serving:
-                upstream = source.leaving.pop(address, None) or self._make_upstream(source, address)
-                upstream.endpoint.health = self._unknown_health()  # to be probed before it is used
+                upstream = self._make_upstream(source, address)
+                upstream.endpoint.health = self.unknown_health()
                 upstream.endpoint.is_newcomer = joins_others
                 source.serving[address] = upstream
                 new.append(upstream)
-        for upstream in gone:
-            self._retire(source, upstream)
         model = source.model
+        for upstream in gone:
+            model.remove(upstream)
+            self._leaving.append(upstream)
+            for group in self._groups_of(model):
+                group.retire(upstream)
+        for upstream in new:
+            self._configure(upstream)
         model.add(new)
         for group in self._groups_of(model):
             group.add(new)
         return new, gone
 
-    def _retire(self, source: Source, upstream: Upstream) -> None:
-        endpoint, address = upstream.endpoint, upstream.target.origin.address or ""
-        source.model.remove(upstream)
-        source.leaving[address] = upstream
-        for group in self._groups_of(source.model):
-            group.retire(upstream)
-
-        def forget_when_idle(_: Endpoint) -> None:
-            if endpoint.in_flight == 0 and source.leaving.get(address) is upstream:
-                del source.leaving[address]
-                for group in self._groups_of(source.model):
-                    group.forget(upstream)
-
-        endpoint.watchers.append(forget_when_idle)
-        forget_when_idle(endpoint)
+    def _follow(self, source: Source, previous: LoadBalancer) -> None:
+        """Let *source* have the endpoints that it has there, if it is there."""
+        for other in previous.sources:
+            if other.model.id == source.model.id and other.config.url == source.config.url:
+                for address in [a for a in source.serving if a not in other.serving]:
+                    source.model.remove(source.serving.pop(address))
+                for address in [a for a in other.serving if a not in source.serving]:
+                    upstream = source.serving[address] = self._make_upstream(source, address)
+                    source.model.add([upstream])
 
     def _groups_of(self, model: Model) -> list[Group]:
-        every = (*self._groups.values(), *self._auto_groups.values())
-        return [group for group in every if model in group.models]
+        return [group for group in self.groups if model in group.models]
 
     def resolve(self, name: str) -> Model | None:
         """The model called *name*, by its own name or by an alias."""
@@ -403,15 +539,28 @@ class LoadBalancer:
         key = tuple(model.id for model in models)
         group = self._auto_groups.get(key)
         if group is None:
-            share: Share = evenly
-            if self.config.gateway.cost_optimization_enabled:
-                share = share_by_cost(_cost(model.config) for model in models)
-            group = self._auto_groups[key] = self._make_group(AUTO, models, share)
+            group = self._auto_groups[key] = self._make_auto_group(models)
+            group.begin()
         return group
 
-    def _make_group(self, name: str, models: list[Model], share: Share = evenly) -> Group:
+    def _make_auto_group(self, models: list[Model]) -> Group:
+        if not self.config.gateway.cost_optimization_enabled:
+            return self._make_group(AUTO, models)
+        prices = [_cost(model.config) for model in models]
+        return self._make_group(
+            AUTO, models, share_by_cost(prices), min(filter(None, prices), default=None)
+        )
+
+    def _make_group(
+        self,
+        name: str,
+        models: list[Model],
+        share: Share = evenly,
+        cheapest: float | None = None,
+    ) -> Group:
         algorithm = self.config.load_balancer.algorithm.value
-        return Group(name, tuple(models), make_picker(algorithm, self._rng, share), share)
+        picker = make_picker(algorithm, self._rng, share)
+        return Group(name, tuple(models), picker, share, basis=(algorithm, cheapest))
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:
         threshold = self.config.load_balancer.panic_threshold
@@ -439,27 +588,52 @@ class LoadBalancer:
         model, config = source.model, source.config
         origin = attrs.evolve(source.origin, address=address)
         engine = config.engine or model.config.engine
-        most = config.max_concurrent or model.config.max_concurrent
-        endpoint = Endpoint(
-            model=model.id,
-            url=config.url if address is None else f"{config.url} [{address}]",
+        numbers = Numbers(
             weight=config.weight or model.config.weight,
-            max_concurrent=most,
+            max_concurrent=config.max_concurrent or model.config.max_concurrent,
             cost=_cost(model.config),
-            breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
-            health=self._unknown_health(),
-            adaptive=AdaptiveLimit(config.min_concurrent or _FLOOR, most)
-            if config.adaptive_concurrency
-            else None,
-            slow_start=SlowStart(self.config.load_balancer.slow_start),
+            floor=(config.min_concurrent or _FLOOR) if config.adaptive_concurrency else None,
         )
-        self.cordons.apply(endpoint)
+        url = config.url if address is None else f"{config.url} [{address}]"
+        endpoint = self._endpoints.get((model.id, url))
+        if endpoint is None:
+            endpoint = self._endpoints[model.id, url] = Endpoint(
+                model=model.id,
+                url=url,
+                weight=numbers.weight,
+                max_concurrent=numbers.max_concurrent,
+                cost=numbers.cost,
+                breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
+                health=self.unknown_health(),
+            )
+            self._resize(endpoint, numbers)
+            self.cordons.apply(endpoint)
         return Upstream(
             endpoint=endpoint,
             target=Target.of(config.url, config.api_key, origin),
             probe=Probe.of(config.url, engine.value, config.api_key, origin),
+            numbers=numbers,
             engine=engine,
         )
+
+    def _configure(self, upstream: Upstream) -> bool:
+        """Let the endpoint go by this configuration; true if its share is not what it was."""
+        endpoint, numbers, balancing = (
+            upstream.endpoint,
+            upstream.numbers,
+            self.config.load_balancer,
+        )
+        before = (endpoint.weight, endpoint.cost)
+        endpoint.weight, endpoint.cost = numbers.weight, numbers.cost
+        self._resize(endpoint, numbers)
+        endpoint.breaker.renew(self._breaker_policy())
+        endpoint.health.rise = balancing.healthy_after
+        endpoint.health.fall = balancing.unhealthy_after
+        return before != (endpoint.weight, endpoint.cost)
+
+    def _resize(self, endpoint: Endpoint, numbers: Numbers) -> None:
+        slow_start = SlowStart(self.config.load_balancer.slow_start)
+        endpoint.resize(numbers.max_concurrent, numbers.floor, slow_start)
 
     def _breaker_policy(self) -> BreakerPolicy:
         balancing = self.config.load_balancer
@@ -471,7 +645,8 @@ class LoadBalancer:
             min_requests=balancing.circuit_breaker_min_requests,
         )
 
-    def _unknown_health(self) -> HealthTracker:
+    def unknown_health(self) -> HealthTracker:
+        """Of an endpoint that is to be probed before it is used."""
         balancing = self.config.load_balancer
         return HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after)
 

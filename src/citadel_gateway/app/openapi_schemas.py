@@ -340,6 +340,11 @@ GATEWAY: dict[str, Schema] = {
                 ),
                 "By model id.",
             ),
+            "configuration": one(
+                "object",
+                "Which configuration is in use (generation, since, sha256), how many older ones "
+                "still have requests, and what was wrong with the file when it was last read.",
+            ),
             "limits": one("object", "The gateway's limits, and how far they are used."),
         },
         required=("gateway", "status", "timestamp", "models"),

@@ -69,11 +69,12 @@ def _as_configured(url: str) -> str:
 class Operations:
     """Carries out orders.
 
+    :param balancer: whoever knows the fleet right now.
     :param pump: calls requests in the queue for which things may have changed.
     :param on_order: told what was done to which endpoint, for the log.
     """
 
-    balancer: LoadBalancer
+    balancer: Callable[[], LoadBalancer]
     pump: Callable[[], None]
     on_order: Callable[[str, Endpoint], None]
 
@@ -83,7 +84,7 @@ class Operations:
 
     def uncordon(self, order: Order) -> dict[str, Any]:
         endpoints = self._find(order)
-        self.balancer.cordons.uncordon(endpoints, trio.current_time())
+        self.balancer().cordons.uncordon(endpoints, trio.current_time())
         self._tell("uncordoned", endpoints)
         return self._report(endpoints)
 
@@ -102,7 +103,7 @@ class Operations:
 
     def _cordon(self, order: Order) -> list[Endpoint]:
         endpoints = self._find(order)
-        self.balancer.cordons.cordon(order.url, endpoints)
+        self.balancer().cordons.cordon(order.url, endpoints)
         self._tell("cordoned", endpoints)
         return endpoints
 
@@ -112,12 +113,12 @@ class Operations:
         self.pump()
 
     def _all(self) -> list[Endpoint]:
-        return [u.endpoint for u in (*self.balancer.upstreams, *self.balancer.leaving)]
+        return [u.endpoint for u in (*self.balancer().upstreams, *self.balancer().leaving)]
 
     def _find(self, order: Order) -> list[Endpoint]:
         """Those that are meant.  Raises ``GatewayError`` 404 if there are none."""
         every = self._all()
-        model = order.model and getattr(self.balancer.resolve(order.model), "id", order.model)
+        model = order.model and getattr(self.balancer().resolve(order.model), "id", order.model)
         found = [e for e in every if is_called(e, order.url) and model in {None, e.model}]
         if not found:
             raise unknown_endpoint(order.url, sorted({e.url for e in every}), order.model)

@@ -34,7 +34,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 @attrs.define(eq=False)
 class Relay:
-    """Serves one inference request at a time for each caller; holds no state of its own.
+    """Serves inference requests by one configuration, from their beginning to their end.
 
     :param on_end: told of every request once, when it has ended.
     :param on_crash: told of exceptions that should not have been.
@@ -47,6 +47,14 @@ class Relay:
     on_end: Callable[[RequestRecord], None]
     on_crash: Callable[[str, Exception], None]
     is_cutting: Callable[[], bool]
+    active: int = attrs.field(default=0, init=False)  # requests that it serves right now
+    _on_idle: Callable[[], None] | None = attrs.field(default=None, init=False)
+
+    def retire(self, on_idle: Callable[[], None]) -> None:
+        """Nothing new will come; *on_idle* is told when the last request has ended."""
+        self._on_idle = on_idle
+        if not self.active:
+            on_idle()
 
     async def __call__(
         self,
@@ -104,6 +112,7 @@ class Relay:
 
     async def _serve(self, request: _Request, response: ClientResponse) -> None:
         record = response.record
+        self.active += 1
         try:
             await self._answer(request, response)
         except trio.Cancelled:
@@ -120,6 +129,9 @@ class Relay:
         finally:
             record.ended = trio.current_time()
             self.on_end(record)
+            self.active -= 1
+            if self._on_idle is not None and not self.active:
+                self._on_idle()
 
     async def _answer(self, request: _Request, response: ClientResponse) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,11 +22,13 @@ class Reports:
     """Reads the live state; changes nothing.  ``now`` is in Trio's time.
 
     :param started: seconds since 1970, for ``created``, which clients expect to be there.
+    :param configuration: which configuration is in use, and since when.
     """
 
     balancer: LoadBalancer
     waitroom: Waitroom
     started: int
+    configuration: Callable[[], Json] = dict
 
     def health(self, now: float) -> Json:
         """The report of ``/health``."""
@@ -76,6 +79,7 @@ class Reports:
                 for model in self.balancer.models.values()
                 if key is None or key.may_use(model.id)
             },
+            "configuration": self.configuration(),
             "waiting_for_any_model": self.waitroom.depth(AUTO),
             "limits": {
                 "in_flight": self.waitroom.taken,

@@ -45,11 +45,17 @@ _CSP = "default-src 'self'; frame-ancestors 'none'"
 class Gateway(Protocol):
     """What the routes need of the service."""
 
-    config: GatewayConfigSchema
-    reports: Reports
     metrics: Metrics
-    doorkeeper: Doorkeeper
     operations: Operations
+
+    @property
+    def config(self) -> GatewayConfigSchema: ...
+
+    @property
+    def reports(self) -> Reports: ...
+
+    @property
+    def doorkeeper(self) -> Doorkeeper: ...
 
     def is_ready(self) -> bool: ...
 

@@ -6,6 +6,11 @@ boundary: whatever goes wrong in it ends it alone.
 
 Stopping is three nested facts: readiness turns red, listeners close, and a deadline is set for
 the requests that are still running.
+
+Whoever has connected must be answered.  The kernel has accepted connections that we have not seen
+yet, and closing the last descriptor of a listener resets them.  So a server that is alone with its
+listener takes them all before it closes it.  One that shares it with another process (the service
+manager, or a successor) leaves them there: they are the next process's.
 """
 
 from __future__ import annotations
@@ -36,10 +41,12 @@ from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.departures import Departures
 from citadel_gateway.io.http1_exchange import App
 from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ignore
+from citadel_gateway.io.listening import refuse_newcomers
 from citadel_gateway.io.tcp_stream import TcpStream
 from citadel_gateway.wire.http1_response import encode_response_head
 
 _BACKLOG = 2048
+_HANDSHAKES = 0.02  # seconds for connections that are being made while the listener closes
 _FRESH = 0.25  # seconds a connection that was never used is given to speak, when stopping
 _CUT_WITHIN = 1.5  # seconds for the last words of requests that are cut
 _MOST_TURNED_AWAY = 64  # connections above the limit that are told so, at once
@@ -76,6 +83,7 @@ class Server:
 
     :param on_crash: told of exceptions that end a connection or escape the application.
     :param on_unserved: told of answers that the application did not give: status, why, to whom.
+    :param inherited: a socket that listens already, and goes on doing so without us.
     """
 
     app: App
@@ -83,6 +91,7 @@ class Server:
     config: ServiceConfig
     on_crash: Callable[[str, Exception], None]
     on_unserved: Callable[[int, str, str], None] = ignore
+    inherited: socket.socket | None = None
     bound: Address | None = attrs.field(default=None, init=False)
     _connections: set[HttpConnection] = attrs.field(factory=set, init=False)
     _streams: set[Stream] = attrs.field(factory=set, init=False)
@@ -90,6 +99,9 @@ class Server:
     _promises: bool = attrs.field(default=True, init=False)
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _listener: socket.socket | None = attrs.field(default=None, init=False)
+    _is_shared: bool = attrs.field(init=False)
+    _nursery: trio.Nursery = attrs.field(init=False)
+    _closed: trio.Event = attrs.field(factory=trio.Event, init=False)
     _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _hypercorn: HypercornConfig = attrs.field(init=False)
     _tls: ssl.SSLContext | None = attrs.field(default=None, init=False)
@@ -99,17 +111,39 @@ class Server:
     _departures: Departures = attrs.field(factory=Departures, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._is_shared = self.inherited is not None
         self._hypercorn = _hypercorn_config(self.address, self.config)
-        self._limits = ConnectionLimits(
-            header_timeout=self.config.header_timeout,
-            body_timeout=self.config.body_timeout,
-            keep_alive_timeout=self.config.keep_alive_timeout,
-            write_timeout=self.config.write_timeout,
-        )
+        self._limits = _limits(self.config)
 
     @property
     def open_connections(self) -> int:
         return len(self._streams)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether somebody else listens on the same socket, and goes on when we stop."""
+        return self._is_shared
+
+    def share(self) -> None:
+        """Somebody else listens on the same socket from now on."""
+        self._is_shared = True
+
+    @property
+    def listener(self) -> socket.socket:
+        if self._listener is None:
+            raise RuntimeError("it does not listen")
+        return self._listener
+
+    def renew(self, config: ServiceConfig, tls: ssl.SSLContext | None) -> None:
+        """New settings and another certificate for new connections; the address stays.
+
+        :param tls: from :func:`make_tls`; ``None`` if and only if there was none before.
+        """
+        self.config, self._limits = config, _limits(config)
+        self._hypercorn = _hypercorn_config(self.address, config)
+        self._tls = tls
+        if self._listener is not None and self._listener.fileno() >= 0:
+            _limit_stalls(self._listener, config.write_timeout)
 
     async def run(
         self, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
@@ -123,26 +157,47 @@ class Server:
                 watchers.start_soon(self._deadlines.run)
                 watchers.start_soon(self._departures.run)
                 async with trio.open_nursery() as connections:
+                    self._nursery = connections
                     with self._accepting:
                         task_status.started(self.bound or self.address)
-                        await self._accept(self._listener, connections)
+                        await self._accept(self._listener)
+                    await self._closed.wait()  # until then, connections may be taken from outside
                 watchers.cancel_scope.cancel()
 
-    async def stop(self, within: float) -> None:
-        """Close the listeners, let requests finish *within* seconds, then cut them."""
+    def stop_accepting(self) -> None:
+        """Leave new connections to those who share the listener; there must be somebody."""
         self._accepting.cancel()
-        if self._listener is not None:
-            self._listener.close()  # here, so that whoever sees a connection end cannot come back
+
+    async def stop(self, within: float) -> None:
+        """Close the listener, let requests finish *within* seconds, then return."""
+        self._accepting.cancel()
+        # The listener closes first, so that whoever sees a connection end cannot come back.
+        await self._close_listener()
         for connection in list(self._connections):
             if connection.served or not connection.is_idle:
                 connection.drain()
-        await self._context.terminated.set()
         with trio.move_on_after(_FRESH):
             await self._wait_until_empty()
+        await self._context.terminated.set()  # Hypercorn's connections close at once if idle
         for connection in list(self._connections):
             connection.drain()
         with trio.move_on_after(within):
             await self._wait_until_empty()
+
+    async def _close_listener(self) -> None:
+        """Nobody who is connected is left in the kernel, unless somebody else will come for them.
+
+        From the time at which no new ones are let in, those whose handshake is under way get a
+        moment to complete it.
+        """
+        if self._listener is not None and self._listener.fileno() >= 0:
+            if not self._is_shared and refuse_newcomers(self._listener):
+                self._take_waiting(self._listener, math.inf)
+                await trio.sleep(_HANDSHAKES)
+            if not self._is_shared:
+                self._take_waiting(self._listener, math.inf)
+            self._listener.close()
+        self._closed.set()
 
     def promise_nothing(self) -> None:
         """Go on accepting, but let clients know that their connections will not last."""
@@ -163,24 +218,36 @@ class Server:
             self._emptied = trio.Event()
             await self._emptied.wait()
 
-    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
+    async def _accept(self, listener: socket.socket) -> None:
         told = -math.inf
         while not self._accepting.cancel_called:
             await trio.lowlevel.wait_readable(listener)
+            exc = self._take_waiting(listener, _AT_ONCE)
+            if exc is None:
+                continue
+            if trio.current_time() - told >= 1.0:
+                told = trio.current_time()
+                self.on_crash("accept", exc)
+            await trio.sleep(_RECOVERS)
+
+    def _take_waiting(self, listener: socket.socket, most: float) -> OSError | None:
+        """Accept who has connected; returns what this machine lacks, if that ended it."""
+        taken = 0
+        while taken < most and listener.fileno() >= 0:
             try:
-                for _ in range(_AT_ONCE):
-                    sock, _ = listener.accept()
-                    sock.setblocking(False)
-                    connections.start_soon(self._handle, self._make_stream(sock))
+                sock, _ = listener.accept()
             except BlockingIOError:
-                pass
+                break
             except OSError as exc:
-                if exc.errno not in _EXHAUSTED:
-                    continue  # that connection had gone before we came to it
-                if trio.current_time() - told >= 1.0:
-                    told = trio.current_time()
-                    self.on_crash("accept", exc)
-                await trio.sleep(_RECOVERS)
+                if exc.errno in _EXHAUSTED:
+                    return exc
+                continue  # that connection had gone before we came to it
+            sock.setblocking(False)
+            stream = self._make_stream(sock)
+            self._streams.add(stream)  # here, so that nobody believes that we are empty
+            self._nursery.start_soon(self._handle, stream)
+            taken += 1
+        return None
 
     def _make_stream(self, sock: socket.socket) -> Stream:
         if self._tls is None:
@@ -189,7 +256,6 @@ class Server:
 
     async def _handle(self, stream: Stream) -> None:
         """The boundary around one connection: it may fail, the server may not."""
-        self._streams.add(stream)
         try:
             if len(self._streams) <= self.config.max_connections:
                 await self._serve(stream)
@@ -262,26 +328,30 @@ class Server:
 
     def _listen(self) -> socket.socket:
         try:
-            self._tls = self._hypercorn.create_ssl_context()
+            self._tls = make_tls(self.address, self.config)
             sock = self._open_socket()
         except OSError as exc:
             reason = "it is in use" if exc.errno == errno.EADDRINUSE else str(exc)
             raise CannotListen(f"cannot listen on {self.address}: {reason}") from exc
-        self.bound = attrs.evolve(self.address, port=sock.getsockname()[1])
+        host, port, *_ = sock.getsockname()
+        self.bound = attrs.evolve(
+            self.address, host=self.address.host if self.inherited is None else host, port=port
+        )
         return sock
 
     def _open_socket(self) -> socket.socket:
-        host, port = self.address.host, self.address.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server(
-            (host, port),
-            family=family,
-            backlog=_BACKLOG,
-            dualstack_ipv6=family is socket.AF_INET6 and socket.has_dualstack_ipv6(),
-        )
-        # Accepted sockets inherit it: the kernel drops a peer that acknowledges nothing.
-        stall = int(self.config.write_timeout * 1000)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
+        sock = self.inherited
+        if sock is None:
+            host, port = self.address.host, self.address.port
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            sock = socket.create_server(
+                (host, port),
+                family=family,
+                backlog=_BACKLOG,
+                dualstack_ipv6=family is socket.AF_INET6 and socket.has_dualstack_ipv6(),
+            )
+        # Accepted sockets inherit both.
+        _limit_stalls(sock, self.config.write_timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         return sock
@@ -307,6 +377,26 @@ class BoundedTCPServer(TCPServer):
         if broken or scope.cancelled_caught:
             await trio.aclose_forcefully(self.stream)
             await self.protocol.handle(Closed())
+
+
+def make_tls(address: Address, config: ServiceConfig) -> ssl.SSLContext | None:
+    """TLS for *address*, or ``None`` if it has none.  Raises ``OSError`` when a file is bad."""
+    context: ssl.SSLContext | None = _hypercorn_config(address, config).create_ssl_context()
+    return context
+
+
+def _limits(config: ServiceConfig) -> ConnectionLimits:
+    return ConnectionLimits(
+        header_timeout=config.header_timeout,
+        body_timeout=config.body_timeout,
+        keep_alive_timeout=config.keep_alive_timeout,
+        write_timeout=config.write_timeout,
+    )
+
+
+def _limit_stalls(sock: socket.socket, seconds: float) -> None:
+    """The kernel drops a peer that acknowledges nothing for so long."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
 
 def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConfig:

@@ -5,39 +5,50 @@ from __future__ import annotations
 import logging
 import random
 import signal
+import ssl
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import attrs
 import trio
 
 from citadel_gateway.app.admin import MONITORING
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
+from citadel_gateway.app.generation import Generation
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.relay import Receive, Relay, Send
+from citadel_gateway.app.reload import Reloader
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import PROBED, make_quart_app
-from citadel_gateway.app.server import Address, Server
+from citadel_gateway.app.server import Address, Server, make_tls
 from citadel_gateway.app.watch import Watch
 from citadel_gateway.config.flat import AnyConfig, as_schema
+from citadel_gateway.config.loader import ConfigError
+from citadel_gateway.config.restart import keep_what_is_fixed
+from citadel_gateway.config.schema import GatewayConfigSchema, TlsConfig
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.deadlines import Deadlines
-from citadel_gateway.io.dial import Connect, Dialer, make_connect
+from citadel_gateway.io.dial import Connect, Dialer, make_connect, make_tls_contexts
+from citadel_gateway.io.listening import API, MONITORING_LISTENER, Inherited, Passed
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.metrics import Levels, Metrics
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from citadel_gateway.io.resolver import Resolver
+from citadel_gateway.io.successor import Successor, SuccessorFailed
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
 from citadel_gateway.io.transport import make_probe_client
@@ -65,6 +76,7 @@ class UnifiedAPIGatewayService:
     :param resolver: knows the addresses of names; replace it to run without a name server.
     :param rng: for random choices and jitter; seed it to repeat a run.
     :param log: where log lines go; standard error by default.
+    :param file: where *config* came from, to be read again when it has changed.
     """
 
     def __init__(
@@ -75,70 +87,129 @@ class UnifiedAPIGatewayService:
         resolver: Resolver | None = None,
         rng: random.Random | None = None,
         log: JsonLog | None = None,
+        file: ConfigFile | None = None,
     ) -> None:
-        self.config = as_schema(config)
-        rng = rng or random.Random()
+        config = as_schema(config)
+        self._rng = rng or random.Random()
         self.log = log or JsonLog()
         self.deadlines = Deadlines()
         self.pump = Pump()
-        self.log.level = logging.getLevelName(self.config.monitoring.log_level.value)
+        self.log.level = _level(config)
         self.draining = trio.Event()
+        self._has_successor = False
         self._cutting = False
         self._servers: list[Server] = []
+        self._notifier = Notifier()
         self._breaker_news = trio.Event()
-        self.resolver = resolver or Resolver(ttl=self.config.load_balancer.dns_ttl)
+        self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self.resolver.on_trouble = self._note_name_trouble
-        self.balancer = LoadBalancer(self.config, rng=rng, resolver=self.resolver)
+        self.resolver.on_change = lambda host: self.watch.note_change(host)
+        self._dialer = None if connect is not None else self._make_dialer(config)
         self.pool = self._make_pool(connect)
         self.admission = Admission(
             Waitroom(
-                seats=self.config.performance.max_concurrent_requests,
-                room=self.config.load_balancer.queue_size,
-                patience=self.config.load_balancer.queue_timeout,
-                lower_share=self.config.load_balancer.lower_priority_share,
+                seats=config.performance.max_concurrent_requests,
+                room=config.load_balancer.queue_size,
+                patience=config.load_balancer.queue_timeout,
+                lower_share=config.load_balancer.lower_priority_share,
             ),
             on_transition=self._note_transition,
         )
-        self.balancer.on_panic = self._note_panic
-        self.operations = Operations(self.balancer, self.admission.pump, self._note_order)
-        self.reports = Reports(self.balancer, self.admission.waitroom, int(time.time()))
+        self._started = time.time()
         self._now: Callable[[], float] = time.monotonic  # until the event loop's clock runs
         self.metrics = Metrics(self._levels)
-        self.doorkeeper = Doorkeeper(self.config, self.metrics.rejected)
-        probe_client = make_probe_client(self.pool)
-        self.watch = Watch(
-            balancer=self.balancer,
-            client=probe_client,
-            on_flip=self._note_flip,
-            on_arrival=self._note_arrival,
-            on_crash=self._note_background_crash,
+        self._probe_client = make_probe_client(self.pool)
+        self.generation = self._make_generation(config, file.digest if file else "", None)
+        self.operations = Operations(lambda: self.balancer, self.admission.pump, self._note_order)
+        self._generations = [self.generation]  # those that have requests, the current one last
+        self._adopting = trio.Lock()
+        self._background: trio.Nursery | None = None
+        self.reloader: Reloader | None = None
+        if file is not None:
+            self.reloader = Reloader(
+                file,
+                adopt=self.adopt,
+                watches=lambda: self.config.service.reload_on_change,
+                observer=self,
+            )
+        self._quart: Callable[..., Awaitable[None]] = make_quart_app(self)
+        self.app = Front(self.generation, self._quart, on_end=self._note_answer)
+
+    def _make_generation(
+        self, config: GatewayConfigSchema, digest: str, previous: Generation | None
+    ) -> Generation:
+        """All that is made from *config*; to take over from *previous*, if there is one."""
+        balancer = LoadBalancer(
+            config,
+            rng=self._rng,
+            resolver=self.resolver,
+            previous=None if previous is None else previous.balancer,
         )
-        self.resolver.on_change = self.watch.note_change
-        self.orchestrator = GatewayOrchestrator(
-            balancer=self.balancer,
+        balancer.on_panic = self._note_panic
+        doorkeeper = Doorkeeper(config, self.metrics.rejected)
+        orchestrator = GatewayOrchestrator(
+            balancer=balancer,
             admission=self.admission,
             client=UpstreamClient(self.pool, self.deadlines, self.pump),
             metrics=self.metrics,
-            suspect=self.watch.suspect,
+            suspect=lambda endpoint: self.watch.suspect(endpoint),
         )
-        relay = Relay(
-            doorkeeper=self.doorkeeper,
-            balancer=self.balancer,
-            orchestrator=self.orchestrator,
-            on_end=self._note_end,
-            on_crash=self.note_crash,
-            is_cutting=lambda: self._cutting,
-        )
-        quart: Callable[..., Awaitable[None]] = make_quart_app(self)
-        monitoring = self.config.monitoring
-        self.app = Front(
-            relay,
-            quart,
-            Cors(self.config.security.cors),
-            on_end=self._note_answer,
+        monitoring = config.monitoring
+        return Generation(
+            number=1 if previous is None else previous.number + 1,
+            since=time.time(),
+            digest=digest,
+            config=config,
+            balancer=balancer,
+            watch=Watch(
+                balancer=balancer,
+                client=self._probe_client,
+                on_flip=self._note_flip,
+                on_arrival=self._note_arrival,
+                on_crash=self._note_background_crash,
+            ),
+            doorkeeper=doorkeeper,
+            orchestrator=orchestrator,
+            relay=Relay(
+                doorkeeper=doorkeeper,
+                balancer=balancer,
+                orchestrator=orchestrator,
+                on_end=self._note_end,
+                on_crash=self.note_crash,
+                is_cutting=lambda: self._cutting,
+            ),
+            reports=Reports(
+                balancer, self.admission.waitroom, int(self._started), self._configuration
+            ),
+            cors=Cors(config.security.cors),
             unlogged=PROBED | {monitoring.health_check_endpoint, monitoring.metrics_endpoint},
         )
-        self._quart = quart
+
+    # What is in use right now.
+
+    @property
+    def config(self) -> GatewayConfigSchema:
+        return self.generation.config
+
+    @property
+    def balancer(self) -> LoadBalancer:
+        return self.generation.balancer
+
+    @property
+    def watch(self) -> Watch:
+        return self.generation.watch
+
+    @property
+    def doorkeeper(self) -> Doorkeeper:
+        return self.generation.doorkeeper
+
+    @property
+    def orchestrator(self) -> GatewayOrchestrator:
+        return self.generation.orchestrator
+
+    @property
+    def reports(self) -> Reports:
+        return self.generation.reports
 
     # For people at a prompt.
 
@@ -173,14 +244,12 @@ class UnifiedAPIGatewayService:
                     partial(supervise, task, name=name, on_crash=self._note_background_crash)
                 )
             await self.watch.look_once(_FIRST_ROUND)
-            background.start_soon(
-                partial(
-                    supervise, self.watch.run, name="watch", on_crash=self._note_background_crash
-                )
-            )
+            background.start_soon(self._run_generation, self.generation)
+            self._background = background
             try:
                 yield
             finally:
+                self._background = None
                 background.cancel_scope.cancel()  # first: a probe under way is not to fail
                 with trio.CancelScope(shield=True):  # closing sockets waits for nobody
                     await self.pool.aclose()
@@ -192,24 +261,32 @@ class UnifiedAPIGatewayService:
         *,
         notifier: Notifier | None = None,
         handle_signals: bool = True,
+        inherited: Sequence[Inherited] = (),
+        successor: Successor | None = None,
         task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until SIGTERM or SIGINT, or until :attr:`draining` is set; then drain and return.
 
+        SIGHUP reads the configuration again, if it came from a file.  SIGUSR2 starts a successor,
+        if there is a way to, and drains once that is ready.
+
         Reports started with the API's address once both listeners are open.
         Raises ``CannotListen``.
+
+        :param inherited: sockets that listen already, to be used instead of new ones.
         """
-        notifier = notifier or Notifier.from_environ({})
+        self._notifier = notifier = notifier or Notifier.from_environ({})
         async with self.open(), trio.open_nursery() as nursery:
             nursery.start_soon(partial(feed_watchdog, notifier, alive=lambda: True))
             if handle_signals:
-                nursery.start_soon(self._drain_on_signal, nursery.cancel_scope)
-            address = await self._start_servers(nursery)
+                nursery.start_soon(self._mind_signals, nursery, successor)
+            address = await self._start_servers(nursery, inherited)
             self._announce(address)
             notifier.ready()
             task_status.started(address)
             await self.draining.wait()
-            notifier.stopping()
+            if not self._has_successor:
+                notifier.stopping()
             await self._drain()
             nursery.cancel_scope.cancel()
 
@@ -217,43 +294,205 @@ class UnifiedAPIGatewayService:
         """Whether new requests are welcome: some model can answer, and nobody has said stop."""
         return not self.draining.is_set() and bool(self.balancer.available_models(self._now()))
 
-    async def _start_servers(self, nursery: trio.Nursery) -> Address:
+    async def _start_servers(
+        self, nursery: trio.Nursery, inherited: Sequence[Inherited]
+    ) -> Address:
         service, monitoring = self.config.service, self.config.monitoring
+        passed = Passed(list(inherited))
         api = Address(service.host, service.port, service.tls_certfile, service.tls_keyfile)
-        self._servers = [Server(self.app, api, service, self.note_crash, self._note_unserved)]
+        self._servers = [
+            Server(
+                self.app,
+                api,
+                service,
+                self.note_crash,
+                self._note_unserved,
+                passed.take(API, api.host, api.port),
+            )
+        ]
         if monitoring.prometheus_port is not None:
             second = Address(monitoring.prometheus_host, monitoring.prometheus_port)
-            self._servers.append(Server(self._serve_monitoring, second, service, self.note_crash))
+            sock = passed.take(MONITORING_LISTENER, second.host, second.port)
+            self._servers.append(
+                Server(self._serve_monitoring, second, service, self.note_crash, inherited=sock)
+            )
+        for unused in passed.close_rest():
+            self.log.event(
+                logging.WARNING,
+                "a socket was passed on that is nobody's: name it api or monitoring, or give it "
+                "an address of the configuration",
+                socket=unused,
+            )
         bound = [await nursery.start(server.run) for server in self._servers]
         first: Address = bound[0]
         return first
 
     async def _drain(self) -> None:
+        service = self.config.service
         api, *others = self._servers
-        self.log.event(logging.INFO, "draining", within=self.config.service.drain_timeout)
+        self.log.event(logging.INFO, "draining", within=service.drain_timeout)
         api.promise_nothing()
+        if api.is_shared:
+            api.stop_accepting()  # whoever comes now is the next process's
+        for server in others:
+            if server.is_shared:
+                await self._end(server)
         if api.open_connections:
-            await trio.sleep(self.config.service.lame_duck)
-        await api.stop(self.config.service.drain_timeout)
+            await trio.sleep(service.lame_duck)
+        await api.stop(service.drain_timeout)
         self._cutting = True
         await api.cut()
         for server in others:
-            await server.stop(0.0)
-            await server.cut()
+            if not server.is_shared:
+                await self._end(server)
         self.log.event(logging.INFO, "stopped")
 
-    async def _drain_on_signal(self, everything: trio.CancelScope) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as arriving:
-            async for _ in arriving:
-                if self.draining.is_set():
-                    self._cutting = True
-                    everything.cancel()  # asked twice: no more patience
-                self.draining.set()
+    async def _end(self, server: Server) -> None:
+        await server.stop(0.0)
+        await server.cut()
+
+    async def _mind_signals(self, nursery: trio.Nursery, successor: Successor | None) -> None:
+        minded = [signal.SIGTERM, signal.SIGINT]
+        if self.reloader is not None:
+            minded.append(signal.SIGHUP)
+        if successor is not None:
+            minded.append(signal.SIGUSR2)
+        with trio.open_signal_receiver(*minded) as arriving:
+            async for number in arriving:
+                if number == signal.SIGHUP and self.reloader is not None:
+                    self.reloader.ask()
+                elif number == signal.SIGUSR2 and successor is not None:
+                    if not successor.is_starting and not self.draining.is_set():
+                        nursery.start_soon(self._hand_over, successor)
+                else:
+                    if self.draining.is_set():
+                        self._cutting = True
+                        nursery.cancel_scope.cancel()  # asked twice: no more patience
+                    self.draining.set()
+
+    async def _hand_over(self, successor: Successor) -> None:
+        """Start the next process with our sockets, and drain when it serves."""
+        self.log.event(logging.INFO, "starting a successor")
+        names = [API, MONITORING_LISTENER]
+        sockets = {n: s.listener for n, s in zip(names, self._servers, strict=False)}
+        try:
+            pid = await successor.start(sockets)
+        except SuccessorFailed as exc:
+            self.log.event(
+                logging.ERROR, "the successor failed; serving on without it", error=str(exc)
+            )
+            return
+        if self.draining.is_set():
+            successor.end(pid)  # somebody wants an end of it meanwhile
+            return
+        self.log.event(logging.INFO, "handed over", pid=pid)
+        self._notifier.handed_over(pid)
+        self._has_successor = True
+        for server in self._servers:
+            server.share()
+        self.draining.set()
+
+    # Another configuration.
+
+    async def adopt(self, config: AnyConfig, digest: str = "") -> None:
+        """Serve by *config* from now on; what is running ends by the one that it began with.
+
+        Endpoints that are new are probed before it counts.  Raises ``ConfigError``, and then has
+        changed nothing.  The gateway must be open.
+
+        :param digest: SHA-256 of the file that it came from.
+        """
+        async with self._adopting:
+            if self._background is None:
+                raise RuntimeError("the gateway is not open")
+            previous = self.generation
+            wanted, kept = keep_what_is_fixed(previous.config, as_schema(config))
+            tls = _Tls({}, None)
+            if wanted.service.tls_certfile or _tls_settings(wanted):
+                tls = await trio.to_thread.run_sync(_read_tls, wanted, abandon_on_cancel=True)
+            generation = self._make_generation(wanted, digest, previous)
+            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
+            self._succeed(generation, previous, tls)
+            for what in kept:
+                self.log.event(logging.WARNING, "needs a restart", problem=what)
+
+    def _succeed(self, generation: Generation, previous: Generation, tls: _Tls) -> None:
+        """Let *generation* be the current one.  Waits for nobody."""
+        config, before = generation.config, {e.url for e in self._levels().endpoints}
+        generation.take_over(previous, self._now())
+        waitroom = self.admission.waitroom
+        waitroom.seats = config.performance.max_concurrent_requests
+        waitroom.patience = config.load_balancer.queue_timeout
+        waitroom.lower_share = config.load_balancer.lower_priority_share
+        waitroom.resize(config.load_balancer.queue_size)
+        self.resolver.ttl = config.load_balancer.dns_ttl
+        self.log.level = _level(config)
+        if self._dialer is not None:
+            self._dialer.renew(tls.upstream)
+        for server, context in zip(self._servers, (tls.listener, None), strict=False):
+            server.renew(config.service, context)
+        self.generation = self.app.generation = generation
+        if _seen_by_quart(config) != _seen_by_quart(previous.config):
+            self._quart = self.app.quart = make_quart_app(self)
+        self._generations.append(generation)
+        if self._background is not None:
+            self._background.start_soon(self._run_generation, generation)
+        previous.retire()
+        self._breaker_news.set()
+        self.admission.pump()
+        after = {u.endpoint.url for u in generation.balancer.upstreams}
+        self.log.event(
+            logging.INFO,
+            "configuration",
+            generation=generation.number,
+            sha256=generation.digest or None,
+            added=sorted(after - before),
+            removed=sorted(before - after),
+        )
+        self._warn_of_trust(config)
+
+    async def _run_generation(self, generation: Generation) -> None:
+        await generation.run(self._note_background_crash)
+        self._generations.remove(generation)
+        generation.dissolve(self._generations)
+        self.resolver.forget_others({h for g in self._generations for h in g.balancer.hosts})
+
+    def reload_began(self, why: str) -> None:
+        self._notifier.reloading()
+        self.log.event(logging.INFO, "reading the configuration again", why=why)
+
+    def reload_refused(self, problems: list[str]) -> None:
+        self.metrics.reloaded("refused")
+        for problem in problems:
+            self.log.event(logging.ERROR, "the configuration is not taken", problem=redact(problem))
+
+    def reload_crashed(self, exc: Exception) -> None:
+        self.metrics.reloaded("crashed")
+        self.note_crash("reload", exc)
+
+    def reload_ended(self, *, taken: bool) -> None:
+        if taken:
+            self.metrics.reloaded("taken")
+        self._notifier.ready()
+
+    def _configuration(self) -> dict[str, Any]:
+        """What ``/models/status`` says of the configuration."""
+        generation = self.generation
+        refusal = self.reloader.refusal if self.reloader is not None else None
+        return {
+            "generation": generation.number,
+            "since": _utc(generation.since),
+            "sha256": generation.digest or None,
+            "older_in_use": len(self._generations) - 1,
+            "refused": None
+            if refusal is None
+            else {"at": _utc(refusal.at), "problems": [redact(p) for p in refusal.problems]},
+        }
 
     # In the background.
 
     def _background_tasks(self) -> dict[str, Callable[[], Any]]:
-        return {
+        tasks: dict[str, Callable[[], Any]] = {
             "upkeep": self._run_upkeep,
             "breaker timers": self._run_breaker_timers,
             "names": self.resolver.run,
@@ -261,6 +500,9 @@ class UnifiedAPIGatewayService:
             "deadlines": self.deadlines.run,
             "pump": self.pump.run,
         }
+        if self.reloader is not None:
+            tasks["reload"] = self.reloader.run
+        return tasks
 
     async def _run_upkeep(self) -> None:
         """Close what has been idle for too long; forget clients that have not been seen."""
@@ -293,7 +535,7 @@ class UnifiedAPIGatewayService:
 
     def _note_end(self, record: RequestRecord) -> None:
         self.metrics.finished(record)
-        if self.config.monitoring.access_log:
+        if self.generation.config.monitoring.access_log:
             self.log.request(access_line(record))
 
     async def _serve_monitoring(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -379,24 +621,26 @@ class UnifiedAPIGatewayService:
     def _make_pool(self, connect: Connect | None) -> ConnectionPool:
         if connect is not None:
             return ConnectionPool(connect, clock=trio.current_time)
-        dialer = self._make_dialer()
+        dialer = self._dialer or self._make_dialer(self.config)
         return ConnectionPool(dialer, clock=trio.current_time, is_current=dialer.is_current)
 
-    def _make_dialer(self) -> Dialer:
+    def _make_dialer(self, config: GatewayConfigSchema) -> Dialer:
         """TLS settings are read now, so that a bad file does not wait for the first request."""
         dialer = make_connect(resolver=self.resolver)
-        for model in self.config.models.values():
+        for tls in _tls_settings(config):
+            dialer.context_for(tls)
+        self._warn_of_trust(config)
+        return dialer
+
+    def _warn_of_trust(self, config: GatewayConfigSchema) -> None:
+        for model in config.models.values():
             for endpoint in model.all_endpoints():
-                if not endpoint.url.startswith("https:"):
-                    continue
-                dialer.context_for(endpoint.tls)
                 if endpoint.tls is not None and endpoint.tls.insecure_skip_verify:
                     self.log.event(
                         logging.WARNING,
                         "certificates are not verified (insecure_skip_verify)",
                         endpoint=endpoint.url,
                     )
-        return dialer
 
     def note_crash(self, where: str, exc: Exception) -> None:
         """An exception was caught at a boundary: a bug, to be counted and written down."""
@@ -441,8 +685,63 @@ class UnifiedAPIGatewayService:
             upstream_connections=self.pool.open_count,
             draining=self.draining.is_set(),
             log_lines_dropped=self.log.dropped,
+            generation=self.generation.number,
+            generations=len(self._generations),
+            configured_at=self.generation.since,
+            is_refusing=self.reloader is not None and self.reloader.refusal is not None,
             now=self._now(),
         )
+
+
+@attrs.frozen
+class _Tls:
+    """What the TLS files of a configuration hold: for endpoints, and for the listener."""
+
+    upstream: dict[TlsConfig | None, ssl.SSLContext]
+    listener: ssl.SSLContext | None
+
+
+def _read_tls(config: GatewayConfigSchema) -> _Tls:
+    """Raises ``ConfigError``."""
+    service = config.service
+    address = Address(service.host, service.port, service.tls_certfile, service.tls_keyfile)
+    try:
+        listener = make_tls(address, service)
+    except OSError as exc:
+        raise ConfigError("TLS", [f"service.tls_certfile: {exc}"]) from exc
+    try:
+        return _Tls(make_tls_contexts(_tls_settings(config)), listener)
+    except OSError as exc:
+        raise ConfigError("TLS", [f"tls of an endpoint: {exc}"]) from exc
+
+
+def _tls_settings(config: GatewayConfigSchema) -> list[TlsConfig | None]:
+    """Those of the endpoints that are spoken to over TLS."""
+    return [
+        endpoint.tls
+        for model in config.models.values()
+        for endpoint in model.all_endpoints()
+        if endpoint.url.startswith("https:")
+    ]
+
+
+def _seen_by_quart(config: GatewayConfigSchema) -> tuple[object, ...]:
+    """What the Quart application is made from; all else it asks for each time."""
+    monitoring = config.monitoring
+    return (
+        monitoring.health_check_endpoint,
+        monitoring.metrics_endpoint,
+        bool(config.security.api_keys),
+    )
+
+
+def _level(config: GatewayConfigSchema) -> int:
+    level: int = logging.getLevelName(config.monitoring.log_level.value)
+    return level
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def _is_loopback(host: str) -> bool:

@@ -47,6 +47,31 @@ class Watch:
         """A name has other addresses than before."""
         self._news.set()
 
+    async def look_at_new(self, previous: Watch, within: float) -> None:
+        """Probe those that *previous* does not know, as far as can be known *within* that time."""
+        with trio.move_on_after(within):
+            await self.balancer.discover()
+            checkers = [self._add(upstream) for upstream in self.balancer.upstreams]
+            new = [c for c in checkers if c.endpoint not in previous._checkers]
+            for checker in new:
+                checker.endpoint.health = self.balancer.unknown_health()
+                checker.endpoint.is_newcomer = True
+            await check_all(new, within)
+
+    def take_over(self, previous: Watch) -> None:
+        """Probe when *previous* would have; it goes on with those that are not ours."""
+        endpoints = {upstream.endpoint for upstream in self.balancer.upstreams}
+        for endpoint in self._checkers.keys() - endpoints:
+            del self._checkers[endpoint]  # its address has gone meanwhile
+        for upstream in self.balancer.upstreams:
+            checker = self._add(upstream)
+            if before := previous._checkers.pop(checker.endpoint, None):
+                checker.go_on_from(before)
+            elif checker.endpoint.health.observed_at is None:
+                checker.suspect()  # it had no time to answer yet
+            if scope := previous._scopes.pop(checker.endpoint, None):
+                scope.cancel(reason="another configuration watches it")
+
     async def look_once(self, within: float) -> None:
         """Probe every endpoint that there is, as far as can be known *within* that time."""
         with trio.move_on_after(within):

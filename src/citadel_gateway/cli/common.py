@@ -14,6 +14,7 @@ from citadel_gateway.app.server import CannotListen
 from citadel_gateway.config.loader import ConfigError, load_config
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.demo.engines import EngineFailed
+from citadel_gateway.io.config_file import ConfigFile
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 69
@@ -32,10 +33,10 @@ key_option = click.option(
 )
 
 
-def load_or_exit(path: str) -> GatewayConfigSchema:
-    """The configuration at *path*; every problem on standard error and exit code 78 otherwise."""
+def load_or_exit(file: str | ConfigFile) -> GatewayConfigSchema:
+    """The configuration in *file*; every problem on standard error and exit code 78 otherwise."""
     try:
-        return load_config(path)
+        return file.load() if isinstance(file, ConfigFile) else load_config(file)
     except ConfigError as exc:
         leave(str(exc), EXIT_CONFIG)
 

@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 
 import click
+import trio
 
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.cli.common import config_option, load_or_exit, run_until_stopped
+from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.descriptors import raise_limit
 from citadel_gateway.io.libraries import route_library_logs
+from citadel_gateway.io.listening import inherited_sockets
+from citadel_gateway.io.successor import Successor, tell_predecessor
 from citadel_gateway.io.systemd import Notifier
 
 
 @click.command()
 @config_option
 def serve(config_path: str) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what is running and exit with 0."""
+    """Serve until SIGTERM or SIGINT; then finish what is running and exit with 0.
+
+    SIGHUP reads the configuration again, and SIGUSR2 starts the program anew without a gap: the
+    new process takes over the listeners, and this one ends when its requests have.
+    """
     raise_limit()
-    service = UnifiedAPIGatewayService(load_or_exit(config_path))
+    inherited = inherited_sockets(os.environ)  # first: these descriptors are ours from now on
+    file = ConfigFile(config_path)
+    service = UnifiedAPIGatewayService(load_or_exit(file), file=file)
     route_library_logs(service.log)
+    run = partial(
+        service.run,
+        notifier=Notifier.from_environ(os.environ),
+        inherited=inherited,
+        successor=Successor([sys.executable, *sys.orig_argv[1:]]),
+    )
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(run)
+            tell_predecessor(os.environ)
+
     try:
-        run_until_stopped(partial(service.run, notifier=Notifier.from_environ(os.environ)))
+        run_until_stopped(main)
     finally:
         service.log.flush_now()

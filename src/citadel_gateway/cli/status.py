@@ -10,6 +10,7 @@ import click
 import orjson
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from citadel_gateway.cli.common import (
@@ -72,6 +73,7 @@ def status_table(report: dict[str, Any]) -> Table:
         caption=(
             f"{limits['in_flight']} of {limits['max_concurrent_requests']} requests in flight, "
             f"{report['waiting_for_any_model']} waiting for any model"
+            f"{_configuration(report.get('configuration') or {})}"
         ),
     )
     for heading in ("model", "endpoint"):
@@ -86,6 +88,16 @@ def status_table(report: dict[str, Any]) -> Table:
             table.add_row(heading, *_cells(endpoint, waiting))
             heading = waiting = ""  # said once for all endpoints of a model
     return table
+
+
+def _configuration(found: dict[str, Any]) -> str:
+    """Which configuration is in use, once there was more than one, and why not the latest."""
+    text = ""
+    if found.get("generation", 1) > 1:
+        text += f"\nconfiguration {found['generation']}, since {found['since'][:19]} UTC"
+    if refused := found.get("refused"):
+        text += f"\n[red]the file was refused:[/] {escape('; '.join(refused['problems']))}"
+    return text
 
 
 def _cells(endpoint: dict[str, Any], waiting: str) -> tuple[str, ...]:

@@ -49,10 +49,15 @@ def load_config(
 ) -> GatewayConfigSchema:
     """Load a YAML file, with the process's environment variables laid over it."""
     source = os.fspath(path)
-    text = _read(source)
+    environ = os.environ if environ is None else environ
+    return load_text(read_text(source), source=source, environ=environ)
+
+
+def load_text(text: str, *, source: str, environ: Mapping[str, str]) -> GatewayConfigSchema:
+    """The same with the text of the file, which came from *source*."""
     raw = _load_yaml(source, text)
     try:
-        return _build(raw, os.environ if environ is None else environ)
+        return _build(raw, environ)
     except InvalidConfig as exc:
         raise ConfigError(source, _with_lines(exc.problems, text)) from exc
 
@@ -107,7 +112,8 @@ def _without(value: Any, path: Steps, wrong: set[Steps]) -> Any:
     return value
 
 
-def _read(source: str) -> str:
+def read_text(source: str) -> str:
+    """The text of the file *source*.  Raises :class:`ConfigError`."""
     try:
         return Path(source).read_text(encoding="utf-8-sig")
     except OSError as exc:

@@ -72,6 +72,9 @@ class ServiceConfig:
     drain_timeout: Grace = option(
         Grace(60.0), "Seconds that requests in flight get to finish, on SIGTERM."
     )
+    reload_on_change: bool = option(
+        True, "Read this file again when it has changed; SIGHUP does so in any case."
+    )
     keep_alive_timeout: Seconds = option(Seconds(75.0), "Idle client connections close after it.")
     header_timeout: Seconds = option(Seconds(5.0), "A request's head must arrive within it.")
     body_timeout: Seconds = option(Seconds(60.0), "A request's body must arrive within it.")

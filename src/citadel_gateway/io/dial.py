@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -79,6 +79,25 @@ def make_tls_context(tls: TlsConfig) -> ssl.SSLContext:
     return context
 
 
+def make_tls_contexts(
+    settings: Iterable[TlsConfig | None],
+) -> dict[TlsConfig | None, ssl.SSLContext]:
+    """A context for each of *settings*, from the files as they are now.  Raises ``OSError``."""
+    made: dict[TlsConfig, ssl.SSLContext] = {}
+    found: dict[TlsConfig | None, ssl.SSLContext] = {}
+    for tls in settings:
+        setting = _setting(tls)
+        if setting not in made:
+            made[setting] = make_tls_context(setting)
+        found[tls] = made[setting]
+    return found
+
+
+def _setting(tls: TlsConfig | None) -> TlsConfig:
+    """What contexts are told apart by: the name is only asked for when one is used."""
+    return attrs.evolve(tls or TlsConfig(), server_name=None)
+
+
 class Dialer:
     """Connects over real networks.
 
@@ -91,6 +110,7 @@ class Dialer:
     ) -> None:
         self._resolver = resolver
         self._contexts = {TlsConfig(): context} if context else {}
+        self._latest: dict[TlsConfig, ssl.SSLContext] | None = None
         self._ends: WeakKeyDictionary[ByteStream, tuple[str, str]] = WeakKeyDictionary()
 
     async def __call__(self, origin: Origin) -> ByteStream:
@@ -108,11 +128,20 @@ class Dialer:
 
     def context_for(self, tls: TlsConfig | None) -> ssl.SSLContext:
         """Made once for each setting.  Raises ``OSError``."""
-        setting = attrs.evolve(tls or TlsConfig(), server_name=None)
+        setting = _setting(tls)
         context = self._contexts.get(setting)
         if context is None:
             context = self._contexts[setting] = make_tls_context(setting)
         return context
+
+    def renew(self, contexts: Mapping[TlsConfig | None, ssl.SSLContext]) -> None:
+        """Use *contexts*, from :func:`make_tls_contexts`, for new connections.
+
+        Settings of just before keep theirs, for requests that began with them.
+        """
+        before = self._contexts if self._latest is None else self._latest
+        self._latest = {_setting(tls): context for tls, context in contexts.items()}
+        self._contexts = {**before, **self._latest}
 
     async def _open(self, origin: Origin) -> tuple[ByteStream, str | None]:
         """A stream, and its address if that is one of several the name could have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -114,6 +115,7 @@ class HealthChecker:
     on_flip: Callable[[Endpoint], None]
     jitter: Callable[[], float] = random.random
     _doubt: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _due: float = attrs.field(default=math.inf, init=False)  # the next probe, or the one under way
 
     async def check(self) -> None:
         """One probe, whatever it finds."""
@@ -124,15 +126,24 @@ class HealthChecker:
         if self.endpoint.probed(error, trio.current_time()):
             self.on_flip(self.endpoint)
 
+    def go_on_from(self, before: HealthChecker) -> None:
+        """Probe when *before* would have, or sooner; at once if this asks in another way."""
+        self._due = before._due
+        if before._doubt.is_set() or before.probe != self.probe:
+            self.suspect()
+
     async def watch(self) -> NoReturn:
         """Probe for ever, beginning one interval from now."""
         while True:
             soon = self.endpoint.health.in_doubt()
             pause = min(self.every, _SOON) if soon else self.every
-            with trio.move_on_after(pause * (0.9 + 0.2 * self.jitter())):
+            latest = trio.current_time() + pause * (0.9 + 0.2 * self.jitter())
+            self._due = min(self._due, latest)
+            with trio.move_on_at(self._due):
                 await self._doubt.wait()
             self._doubt = trio.Event()
             await self.check()
+            self._due = math.inf
 
     def suspect(self) -> None:
         """A request could not reach the endpoint: look at it now, not at the next interval."""

@@ -127,14 +127,23 @@ class HttpConnection:
         self._promises = False
 
     def drain(self) -> None:
-        """Answer what has been asked, promise nothing more, and close."""
+        """Answer what has been asked, promise nothing more, and close.
+
+        What has arrived counts as asked, also if nobody has come to read it yet.
+        """
         self._draining, self._promises = True, False
-        if self.is_idle:
+        if self.is_idle and not self._has_unread():
             self._scope.cancel(reason="the server drains")
 
     @property
     def is_idle(self) -> bool:
         return self._exchange is None and not self._parser.in_head
+
+    def _has_unread(self) -> bool:
+        stream = self.stream
+        if isinstance(stream, trio.SSLStream):
+            stream = stream.transport_stream
+        return isinstance(stream, TcpStream) and stream.has_unread()
 
     @property
     def _gone(self) -> bool:

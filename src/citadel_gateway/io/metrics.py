@@ -59,6 +59,10 @@ class Levels:
     draining: bool
     log_lines_dropped: int
     now: float
+    generation: int = 1
+    generations: int = 1
+    configured_at: float = 0.0
+    is_refusing: bool = False
 
 
 class Metrics:
@@ -138,6 +142,11 @@ class Metrics:
             "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
             ["where"],
         )  # fmt: skip
+        self._reloads = Counters(
+            "citadel_gateway_config_reloads",
+            "Times that the configuration was read again: taken, refused or crashed.",
+            ["result"],
+        )
         self._absent: dict[str, float] = {}
         self._labels: WeakKeyDictionary[Endpoint, str] = WeakKeyDictionary()
         self._making = trio.Lock()
@@ -192,6 +201,9 @@ class Metrics:
 
     def crashed(self, where: str) -> None:
         self._crashes.labels(where).inc()
+
+    def reloaded(self, result: str) -> None:
+        self._reloads.labels(result).inc()
 
     def forget_absent(self, known: Set[str], now: float) -> None:
         """Drop what was counted of endpoints that are no longer among the *known* for a while.
@@ -271,8 +283,7 @@ class Metrics:
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
             self._cancellations, self._rejections, self._transitions, self._malformed,
-            self._continuations,
-            self._crashes,
+            self._continuations, self._crashes, self._reloads,
         )  # fmt: skip
 
 
@@ -320,6 +331,18 @@ def _other_gauges(levels: Levels) -> Iterator[str]:
             "Log lines lost since the start because they could not be written fast enough.",
             levels.log_lines_dropped,
         ),
+        ("config_generation", "Number of the configuration in use.", levels.generation),
+        (
+            "config_generations",
+            "Configurations that have requests, the one in use included.",
+            levels.generations,
+        ),
+        (
+            "config_timestamp_seconds",
+            "When the configuration was taken into use, since 1970.",
+            levels.configured_at,
+        ),
+        ("config_refused", "1 if the file was refused when last read.", levels.is_refusing),
     ):
         yield head(f"citadel_gateway_{what}", doc, "gauge")
         yield f"citadel_gateway_{what} {number(value)}\n"

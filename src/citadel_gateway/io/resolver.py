@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from functools import partial
 from itertools import chain, zip_longest
 from typing import TypeAlias
@@ -132,6 +132,12 @@ class Resolver:
         """Whether *address* is one of *host*, as far as is known."""
         name = self._names.get(host)
         return name is None or not name.addresses or address in name.addresses
+
+    def forget_others(self, hosts: Set[str]) -> None:
+        """Ask no longer for any name but *hosts*; whoever asks for another is told all the same."""
+        for host in self._names.keys() - hosts:
+            if not self._names[host].is_asked:
+                del self._names[host]
 
     async def run(self) -> None:
         """Keep every answer fresh, for ever."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -50,6 +51,15 @@ class Notifier:
     def ready(self) -> None:
         """The listeners are bound: dependent units may start."""
         self._send("READY=1")
+
+    def reloading(self) -> None:
+        """The configuration is being read again; :meth:`ready` says that this is over."""
+        # The manager compares it with its own clock, so as to know which reload is meant.
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def handed_over(self, pid: int) -> None:
+        """Another process is the service from now on; we only finish what we have begun."""
+        self._send(f"MAINPID={pid}")
 
     def stopping(self) -> None:
         """The drain has begun."""

@@ -39,6 +39,13 @@ class TcpStream(trio.abc.HalfCloseableStream):
         except OSError:
             return b""
 
+    def has_unread(self) -> bool:
+        """Whether there are bytes to be read; the end alone does not count."""
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data)[self.send_now(data) :]
         while rest:

@@ -89,6 +89,12 @@ class CircuitBreaker:
     def __attrs_post_init__(self) -> None:
         self._window = Window(self.policy.window)
 
+    def renew(self, policy: BreakerPolicy) -> None:
+        """Go by other numbers from now on; what was learnt stays."""
+        if policy.window != self.policy.window:
+            self._window = Window(policy.window)
+        self.policy = policy
+
     def state(self, now: float) -> State:
         if self._state is State.OPEN and now >= self._open_until:
             return State.HALF_OPEN

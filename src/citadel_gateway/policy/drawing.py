@@ -52,6 +52,9 @@ class Urn:
             self._owners[place] = None
             self._vacant.append(place)
 
+    def inside(self) -> list[Endpoint]:
+        return [*self._inside]
+
     def draw(self) -> Endpoint | None:
         """One of those inside; it stays there."""
         if not self._total:
@@ -111,6 +114,9 @@ class WeightedRandom:
 
     def reweigh(self, endpoint: Endpoint) -> None:
         self.urn.reweigh(endpoint)
+
+    def in_order(self) -> list[Endpoint]:
+        return self.urn.inside()
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         aside: list[Endpoint] = []

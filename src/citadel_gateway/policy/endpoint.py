@@ -80,6 +80,10 @@ class Endpoint:
         for tell in self.watchers:
             tell(self)
 
+    def unwatch(self, watcher: Callable[[Endpoint], None]) -> None:
+        """Tell *watcher* no longer; also right in the middle of telling them all."""
+        self.watchers = [each for each in self.watchers if each != watcher]
+
     def is_available(self, now: float) -> bool:
         """In service, not cooling down, and its breaker would let a request through."""
         return (
@@ -92,6 +96,15 @@ class Endpoint:
     def is_in_service(self) -> bool:
         """Whether it is used at all, so that nothing but time keeps it from taking requests."""
         return (self.health.healthy or self.is_needed) and not self.cordoned
+
+    def resize(self, most: int, floor: int | None, slow_start: SlowStart) -> None:
+        """Have other limits: *most* requests at once, and no less than *floor* if it adapts."""
+        self.max_concurrent, self.slow_start = most, slow_start
+        if floor is None:
+            self.adaptive = None
+        elif self.adaptive is None or (self.adaptive.floor, self.adaptive.ceiling) != (floor, most):
+            self.adaptive = AdaptiveLimit(floor, most)
+        self._refit()
 
     def has_room(self) -> bool:
         return self.in_flight < self.limit

@@ -40,5 +40,8 @@ class Picker(Protocol):
     def reweigh(self, endpoint: Endpoint) -> None:
         """Its weight is another than before."""
 
+    def in_order(self) -> list[Endpoint]:
+        """Those in line, in the order in which they would be picked, as far as that is known."""
+
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         """One that was not *tried* and fits."""

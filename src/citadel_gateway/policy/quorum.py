@@ -15,7 +15,7 @@ An endpoint that was not probed yet, or is cordoned, is not counted, and is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import attrs
 
@@ -44,6 +44,12 @@ class Quorum:
         self._members.pop(endpoint, None)
         endpoint.on_standing, endpoint.is_needed = nobody_asks, False
         self.review()
+
+    def renew(self, other: Quorum, members: Set[Endpoint]) -> None:
+        """Go by what *other*, which has none yet, goes by, and let go who is not of *members*."""
+        self.threshold, self.on_change = other.threshold, other.on_change
+        for endpoint in [e for e in self._members if e not in members]:
+            self.remove(endpoint)
 
     def review(self) -> None:
         """Count again: one has become well or ill, or is cordoned, or is not any more."""

@@ -31,6 +31,12 @@ class TokenBucket:
         self._step, self._depth = 1.0 / self.rate, self.burst / self.rate
         self._whole = int(self.burst)
 
+    def take_over(self, before: TokenBucket, now: float) -> None:
+        """Hold as much as *before* does, as far as there is room for it: no burst is given away."""
+        held = before.burst - max(0.0, before._tat - now) * before.rate
+        missing = self.burst - held
+        self._tat = now + missing * self._step if missing > 0 else -math.inf
+
     def wait(self, now: float, cost: float = 1.0) -> float:
         """Seconds until *cost* units fit; 0.0 if they fit now; inf if they never will."""
         if cost > self.burst:
@@ -121,6 +127,13 @@ class ClientBuckets:
         else:
             self._buckets.move_to_end(client)
         return found
+
+    def take_over(self, before: ClientBuckets, now: float) -> None:
+        """Hold for each client what *before* does; full ones need not be known."""
+        for client, bucket in before._buckets.items():
+            if not bucket.is_full(now):
+                self._buckets[client] = mine = TokenBucket(self.rate, self.burst)
+                mine.take_over(bucket, now)
 
     def forget_full(self, now: float) -> int:
         """Drop every bucket that is full again; returns how many."""

@@ -49,14 +49,23 @@ class Roster:
             if endpoint.warmth < 1.0:
                 self.eased(endpoint)
 
+    def __contains__(self, endpoint: Endpoint) -> bool:
+        return endpoint in self._ready or endpoint in self._full or endpoint in self._away
+
+    def reorder(self, picker: Picker) -> None:
+        """Let *picker* order them from now on, those first who would have come first before."""
+        line = [endpoint for endpoint in self.picker.in_order() if endpoint in self._ready]
+        self.picker = picker
+        for i, endpoint in enumerate(line):
+            picker.join(endpoint, i / len(line))
+
     def remove(self, endpoint: Endpoint) -> None:
         """Give it nothing any more."""
         for place in (self._ready, self._full, self._away):
             place.pop(endpoint, None)
         self._warming.pop(endpoint, None)
         self.picker.forget(endpoint)
-        if self.eased in endpoint.watchers:
-            endpoint.watchers.remove(self.eased)
+        endpoint.unwatch(self.eased)
 
     def choose(self, tried: Container[Endpoint], now: float) -> Endpoint | None:
         """One that was not *tried*, is available and has room."""

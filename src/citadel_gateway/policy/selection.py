@@ -67,6 +67,9 @@ class RoundRobin:
         elif self._turns[endpoint][0] > soonest:
             self._stand(endpoint, soonest)
 
+    def in_order(self) -> list[Endpoint]:
+        return [endpoint for _, _, endpoint in sorted(self._turns.values())]
+
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         line, turns, aside, picked = self._line, self._turns, [], None
         while line:
@@ -125,6 +128,9 @@ class Least:
 
     def reweigh(self, endpoint: Endpoint) -> None:
         self.eased(endpoint)  # a lower weight is noticed when its turn comes
+
+    def in_order(self) -> list[Endpoint]:
+        return [entry[3] for entry in sorted(self._entries.values())]
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         line, entries, aside, picked = self._line, self._entries, [], None

@@ -61,6 +61,10 @@ class Waitroom:
     def __attrs_post_init__(self) -> None:
         self._forecast = Forecast(self.room)
 
+    def resize(self, room: int) -> None:
+        """Let *room* wait in each line from now on; who waits already may stay."""
+        self.room = self._forecast.room = room
+
     def enter(self, ticket: Ticket, now: float) -> None:
         """Place *ticket*, or queue it; its ``outcome`` tells which.  Raises :class:`Refused`."""
         self._serial += 1

@@ -1,0 +1,97 @@
+"""Reading the configuration again while the gateway serves.
+
+A file is validated completely first, down to the certificates that it names.  A bad one changes
+nothing: every problem is a line in the log, and the gateway serves on by what it has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, Protocol, TypeVar
+
+import attrs
+import trio
+
+from citadel_gateway.config.loader import ConfigError
+from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.io.config_file import ConfigFile
+
+T = TypeVar("T")
+
+_EVERY = 1.0  # seconds between two looks at the file
+
+
+@attrs.frozen(kw_only=True)
+class Refusal:
+    """A configuration that was not taken.
+
+    :param at: seconds since 1970.
+    """
+
+    at: float
+    problems: tuple[str, ...]
+
+
+class Observer(Protocol):
+    """Who wants to know what comes of it."""
+
+    def reload_began(self, why: str) -> None: ...
+
+    def reload_refused(self, problems: list[str]) -> None: ...
+
+    def reload_crashed(self, exc: Exception) -> None: ...
+
+    def reload_ended(self, *, taken: bool) -> None: ...
+
+
+@attrs.define(eq=False)
+class Reloader:
+    """Takes in the configuration when asked to, and when its file has changed.
+
+    :param adopt: takes a valid configuration and the SHA-256 of its file into service; raises
+        ``ConfigError``, and then has changed nothing.
+    :param watches: whether to look at the file without being asked.
+    """
+
+    file: ConfigFile
+    adopt: Callable[[GatewayConfigSchema, str], Awaitable[None]]
+    watches: Callable[[], bool]
+    observer: Observer
+    refusal: Refusal | None = attrs.field(default=None, init=False)
+    _asked: trio.Event = attrs.field(factory=trio.Event, init=False)
+
+    def ask(self) -> None:
+        """Read the file again, soon; asking twice before that is asking once."""
+        self._asked.set()
+
+    async def run(self) -> NoReturn:
+        """Wait for changes, for ever; one is dealt with at a time."""
+        while True:
+            with trio.move_on_after(_EVERY):
+                await self._asked.wait()
+            if self._asked.is_set():
+                self._asked = trio.Event()
+                await self._reload("asked to")
+            elif self.watches() and await _in_thread(self.file.has_changed):
+                await self._reload("the file has changed")
+
+    async def _reload(self, why: str) -> None:
+        self.observer.reload_began(why)
+        try:
+            config = await _in_thread(self.file.load)
+            await self.adopt(config, self.file.digest)
+            self.refusal = None
+        except ConfigError as exc:
+            self.refusal = Refusal(at=time.time(), problems=tuple(exc.problems))
+            self.observer.reload_refused(exc.problems)
+        except Exception as exc:  # a bug: the old configuration had better stay alive, too
+            self.refusal = Refusal(at=time.time(), problems=("an internal error; see the log",))
+            self.observer.reload_crashed(exc)
+        finally:
+            self.observer.reload_ended(taken=self.refusal is None)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Files may be slow, and YAML is; nobody waits for the thread when the gateway stops."""
+    return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
