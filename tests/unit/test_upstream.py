@@ -43,6 +43,7 @@ from tests.support.scripted_engine import (
     LedgerEntry,
     Script,
     ScriptedEngine,
+    Step,
     answered,
     close,
     hang,
