@@ -82,7 +82,9 @@ class Seam:
         return Usage(prompt, before + new)
 
     def _take_identity(self, chunk: dict[str, Any]) -> None:
-        head = self.delivered.head or {}
+        head = self.delivered.head
+        if head is None:
+            return
         for name in _IDENTITY:
             if name in head:
                 chunk[name] = head[name]
