@@ -229,9 +229,14 @@ def test_a_choice_between_two_steps_weighs_nobody_anew(
     for one in endpoints[:25]:
         return_at(one, 0.0)
     weighed: list[Endpoint] = []
-    picker: Picker = line.picker
-    reweigh = picker.reweigh
-    monkeypatch.setattr(type(picker), "reweigh", lambda _, one: (weighed.append(one), reweigh(one)))
+    kind: type[Picker] = type(line.picker)
+    reweigh = kind.reweigh
+
+    def counting(self: Picker, one: Endpoint) -> None:
+        weighed.append(one)
+        reweigh(self, one)
+
+    monkeypatch.setattr(kind, "reweigh", counting)
 
     for _ in range(300):
         line.choose((), 1.0)
