@@ -269,6 +269,77 @@ def test_something_else_at_the_address_is_not_taken_for_a_gateway(
     assert "something else" in result.stderr
 
 
+# cordon, drain and uncordon
+
+
+@pytest.fixture
+def operated(tmp_path: Path) -> Iterator[Running]:
+    """A gateway with a listener for metrics, in front of a simulated engine."""
+    port, second, engine_port = free_ports(3)
+    config = tmp_path / "gateway.yaml"
+    config.write_text(
+        f"service: {{host: 127.0.0.1, port: {port}, workers: 1}}\n"
+        f"monitoring: {{prometheus_port: {second}}}\n"
+        f"models: {{small: {{endpoint: 'http://127.0.0.1:{engine_port}'}}}}\n"
+    )
+    running = Running(f"http://127.0.0.1:{second}", f"http://127.0.0.1:{engine_port}", "")
+    started: list[Program] = []
+    try:
+        for name, ready, arguments in (
+            ("sim", f"{running.engine}/health", ("sim", "--port", str(engine_port))),
+            ("serve", f"{running.url}/readyz", ("serve", "-c", str(config))),
+        ):
+            program = Program.start(tmp_path / name, "citadel_gateway", *arguments)
+            started.append(program)
+            program.wait_until(lambda ready=ready: answers(ready))  # type: ignore[misc]
+        yield running
+    finally:
+        for program in started:
+            program.end()
+
+
+def test_an_endpoint_is_taken_out_of_service_and_put_back(operated: Running) -> None:
+    cordoned = run("cordon", operated.engine, "--url", operated.url)
+    status = run("status", "--once", "--url", operated.url)
+    drained = run("drain", operated.engine, "--url", operated.url, "--within", "5")
+    uncordoned = run("uncordon", operated.engine, "--url", operated.url, "--model", "small")
+
+    assert cordoned.exit_code == drained.exit_code == uncordoned.exit_code == 0
+    assert cordoned.stdout == f"small  {operated.engine}  cordoned, 0 in flight\n"
+    assert (status.exit_code, "cordoned" in status.stdout) == (1, True)
+    assert drained.stdout == cordoned.stdout
+    assert uncordoned.stdout == f"small  {operated.engine}  in service, 0 in flight\n"
+    assert run("status", "--once", "--url", operated.url).exit_code == 0
+
+
+def test_an_unknown_endpoint_fails_and_names_the_known_ones(operated: Running) -> None:
+    result = run("cordon", "http://127.0.0.1:1", "--url", operated.url)
+
+    assert result.exit_code == 1
+    assert operated.engine in result.stderr
+
+
+def test_a_drain_that_was_not_done_in_time_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object, **options: object) -> httpx.Response:
+        assert options["json"] == {"endpoint": "http://a", "within": 2.0}
+        each = {"model": "m", "endpoint": "http://a", "cordoned": True, "in_flight": 3}
+        return httpx.Response(200, json={"drained": False, "endpoints": [each]})
+
+    monkeypatch.setattr(httpx.Client, "request", busy)
+
+    result = run("drain", "http://a", "--within", "2")
+
+    assert result.exit_code == 1
+    assert result.stdout == "m  http://a  cordoned, 3 in flight\n"
+
+
+def test_a_key_that_is_no_admin_key_may_not(gateway: Running) -> None:
+    result = run("cordon", gateway.engine, "--url", gateway.url, "--key", gateway.key)
+
+    assert result.exit_code == 1
+    assert "admin key" in result.stderr
+
+
 # serve and sim
 
 

@@ -330,6 +330,18 @@ def test_whatever_the_input_nothing_but_a_config_error_comes_out(raw: Any) -> No
     assert error is None or len(str(error).splitlines()) == 1 + len(error.problems) > 1
 
 
+def test_an_endpoint_may_adapt_otherwise_than_its_model() -> None:
+    raw = with_model(
+        adaptive_concurrency=True, min_concurrent=3,
+        endpoints=[{"url": "http://a", "adaptive_concurrency": False},
+                   {"url": "http://b", "min_concurrent": 7}],
+    )  # fmt: skip
+    adapts = parse(raw).models[Name("m")].all_endpoints()
+
+    assert [e.adaptive_concurrency for e in adapts] == [True, False, True]
+    assert [e.min_concurrent for e in adapts] == [3, 3, 7]
+
+
 # --- Rules between fields
 
 
@@ -362,6 +374,15 @@ def test_whatever_the_input_nothing_but_a_config_error_comes_out(raw: Any) -> No
                                   {"url": "http://H"}]),
             ["models.m.endpoints[0].url: http://127.0.0.1:8080 is there twice",
              "models.m.endpoints[2].url: http://h is there twice"],
+        ),
+        (
+            with_model(max_concurrent=8, min_concurrent=9,
+                       endpoints=[{"url": "http://a", "max_concurrent": 9},
+                                  {"url": "http://b", "min_concurrent": 10},
+                                  {"url": "http://c", "max_concurrent": 2}]),
+            ["models.m.min_concurrent: 9 is more than max_concurrent, 8",
+             "models.m.endpoints[1].min_concurrent: 10 is more than max_concurrent, 8",
+             "models.m.endpoints[2].min_concurrent: 9 is more than max_concurrent, 2"],
         ),
         (
             with_model(fallbacks=["m", "n"]),

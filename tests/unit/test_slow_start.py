@@ -229,14 +229,14 @@ def test_a_choice_between_two_steps_weighs_nobody_anew(
     for one in endpoints[:25]:
         return_at(one, 0.0)
     weighed: list[Endpoint] = []
-    picker: Picker = line.picker
-    reweigh = picker.reweigh
+    kind: type[Picker] = type(line.picker)
+    reweigh = kind.reweigh
 
-    def noted(_: object, one: Endpoint) -> None:
+    def counting(self: Picker, one: Endpoint) -> None:
         weighed.append(one)
-        reweigh(one)
+        reweigh(self, one)
 
-    monkeypatch.setattr(type(picker), "reweigh", noted)
+    monkeypatch.setattr(kind, "reweigh", counting)
 
     for _ in range(300):
         line.choose((), 1.0)
