@@ -9,15 +9,6 @@ from tests.scenarios.judging import Grade
 from tests.scenarios.runner import Card, run
 from tests.scenarios.scenario import SCENARIOS
 
-_CONTINUATION = "a stream that was begun is not continued on another engine yet"
-NOT_YET = dict.fromkeys(("S08", "S09", "S14", "X01"), _CONTINUATION)
-
-
-def _case(name: str) -> object:
-    missing = NOT_YET.get(name)
-    marks = [pytest.mark.xfail(strict=True, reason=missing)] if missing else []
-    return pytest.param(name, marks=marks)
-
 
 @pytest.fixture(scope="module")
 def card() -> Card:
@@ -30,7 +21,7 @@ def test_all_were_played(card: Card) -> None:
     assert [result.scenario.id for result in card.results] == sorted(SCENARIOS)
 
 
-@pytest.mark.parametrize("name", [_case(name) for name in sorted(SCENARIOS)])
+@pytest.mark.parametrize("name", sorted(SCENARIOS))
 def test_passes(card: Card, name: str) -> None:
     result = next(result for result in card.results if result.scenario.id == name)
 

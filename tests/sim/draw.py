@@ -219,6 +219,8 @@ class _Draw:
             "service": self.service(),
             "gateway": self.routing(),
             "load_balancer": self.balancing(),
+            # These engines begin every answer at its beginning, whatever they are sent.
+            "streaming": {"continue_broken": False},
             "models": {name: self.model(name, names, hosts) for name in names},
             "performance": self.performance(),
             "monitoring": {"prometheus_port": None},

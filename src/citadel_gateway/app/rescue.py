@@ -14,8 +14,8 @@ from citadel_gateway.wire.delivered import Delivered
 from citadel_gateway.wire.openai_request import InferenceRequest, Kind
 
 _PREFILL = {
-    # An unknown engine is most likely one of those that understand the flags.
-    Engine.AUTO: Prefill.FLAGGED,
+    # An engine that ignores the flags would begin anew, and nobody would see where.
+    Engine.AUTO: Prefill.NONE,
     Engine.VLLM: Prefill.FLAGGED,
     Engine.SGLANG: Prefill.FLAGGED,
     Engine.TGI: Prefill.FLAGGED,
