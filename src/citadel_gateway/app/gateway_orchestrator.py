@@ -351,7 +351,9 @@ class GatewayOrchestrator:
         journey.repeated = False
         journey.aim()
         # A stream that has begun has left its deadline behind; its next token is due as the first.
-        journey.job = attrs.evolve(job, deadline=now + job.allowed)
+        model = self.balancer.models[endpoint.model].config
+        end = job.record.began + self._timing(job, model.timeouts).total
+        journey.job = attrs.evolve(job, deadline=min(end, now + job.allowed))
         return journey.has_somewhere_to_go(now) and self._can_afford(failure, now)
 
     def _may_go_on_after_stale(self, journey: _Journey, upstream: Upstream, now: float) -> bool:

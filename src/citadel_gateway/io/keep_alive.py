@@ -92,13 +92,18 @@ async def kept_alive(
     if every is None:
         return await work(waiting)
     failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(waiting.comment, every)
-        try:
-            result = await work(waiting)
-        except Exception as exc:
-            failure = exc  # out of the nursery, which would wrap it in a group
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waiting.comment, every)
+            try:
+                result = await work(waiting)
+            except Exception as exc:
+                failure = exc  # out of the nursery, which would wrap it in a group
+            nursery.cancel_scope.cancel(reason="nobody waits any more")
+    except BaseExceptionGroup as group:
+        if group.split(trio.Cancelled)[1] is not None:
+            raise
+        raise group.exceptions[0] from None  # we were cancelled, once for each task
     if failure is not None:
         raise failure
     return result
