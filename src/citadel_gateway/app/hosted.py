@@ -13,7 +13,7 @@ import attrs
 
 from citadel_gateway.app.relay import Receive, Send
 from citadel_gateway.app.service import UnifiedAPIGatewayService
-from citadel_gateway.config.loader import load_config
+from citadel_gateway.io.config_file import ConfigFile
 
 CONFIG_VARIABLE = "CITADEL_CONFIG"
 DEFAULT_CONFIG = "config/gateway.yaml"
@@ -45,4 +45,5 @@ def create_app(path: str | None = None) -> HostedGateway:
     Raises ``ConfigError``.
     """
     path = path or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG
-    return HostedGateway(UnifiedAPIGatewayService(load_config(path)))
+    file = ConfigFile(path)
+    return HostedGateway(UnifiedAPIGatewayService(file.load(), file=file))

@@ -98,6 +98,8 @@ class UnifiedAPIGatewayService:
         self.draining = trio.Event()
         self._has_successor = False
         self._cutting = False
+        self._serving = trio.CancelScope()
+        self._is_listening = False
         self._servers: list[Server] = []
         self._notifier = Notifier()
         self._breaker_news = trio.Event()
@@ -276,19 +278,22 @@ class UnifiedAPIGatewayService:
         :param inherited: sockets that listen already, to be used instead of new ones.
         """
         self._notifier = notifier = notifier or Notifier.from_environ({})
-        async with self.open(), trio.open_nursery() as nursery:
-            nursery.start_soon(partial(feed_watchdog, notifier, alive=lambda: True))
-            if handle_signals:
-                nursery.start_soon(self._mind_signals, nursery, successor)
-            address = await self._start_servers(nursery, inherited)
-            self._announce(address)
-            notifier.ready()
-            task_status.started(address)
-            await self.draining.wait()
-            if not self._has_successor:
-                notifier.stopping()
-            await self._drain()
-            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as minding:
+            if handle_signals:  # from before the first probes on: by default a signal is the end
+                minding.start_soon(self._mind_signals, minding, successor)
+            with self._serving:
+                async with self.open(), trio.open_nursery() as nursery:
+                    nursery.start_soon(partial(feed_watchdog, notifier, alive=lambda: True))
+                    address = await self._start_servers(nursery, inherited)
+                    self._announce(address)
+                    notifier.ready()
+                    task_status.started(address)
+                    await self.draining.wait()
+                    if not self._has_successor:
+                        notifier.stopping()
+                    await self._drain()
+                    nursery.cancel_scope.cancel()
+            minding.cancel_scope.cancel()
 
     def is_ready(self) -> bool:
         """Whether new requests are welcome: some model can answer, and nobody has said stop."""
@@ -324,6 +329,7 @@ class UnifiedAPIGatewayService:
                 socket=unused,
             )
         bound = [await nursery.start(server.run) for server in self._servers]
+        self._is_listening = True
         first: Address = bound[0]
         return first
 
@@ -351,7 +357,7 @@ class UnifiedAPIGatewayService:
         await server.stop(0.0)
         await server.cut()
 
-    async def _mind_signals(self, nursery: trio.Nursery, successor: Successor | None) -> None:
+    async def _mind_signals(self, minding: trio.Nursery, successor: Successor | None) -> None:
         minded = [signal.SIGTERM, signal.SIGINT]
         if self.reloader is not None:
             minded.append(signal.SIGHUP)
@@ -362,12 +368,14 @@ class UnifiedAPIGatewayService:
                 if number == signal.SIGHUP and self.reloader is not None:
                     self.reloader.ask()
                 elif number == signal.SIGUSR2 and successor is not None:
-                    if not successor.is_starting and not self.draining.is_set():
-                        nursery.start_soon(self._hand_over, successor)
+                    if not self._is_listening or successor.is_starting:
+                        continue
+                    if not self.draining.is_set():
+                        minding.start_soon(self._hand_over, successor)
                 else:
                     if self.draining.is_set():
                         self._cutting = True
-                        nursery.cancel_scope.cancel()  # asked twice: no more patience
+                        self._serving.cancel()  # asked twice: no more patience
                     self.draining.set()
 
     async def _hand_over(self, successor: Successor) -> None:
@@ -418,7 +426,8 @@ class UnifiedAPIGatewayService:
 
     def _succeed(self, generation: Generation, previous: Generation, tls: _Tls) -> None:
         """Let *generation* be the current one.  Waits for nobody."""
-        config, before = generation.config, {e.url for e in self._levels().endpoints}
+        config = generation.config
+        before = {u.endpoint.url for u in previous.balancer.upstreams}
         generation.take_over(previous, self._now())
         waitroom = self.admission.waitroom
         waitroom.seats = config.performance.max_concurrent_requests
