@@ -35,7 +35,7 @@ OTHER_LIMITS = {"retry_budget_floor": 100, "circuit_breaker_threshold": 1000}
 ENDINGS: dict[str, tuple[Step, ...]] = {"FIN": (close(),), "stall": (hang(),)}
 
 
-def gateway_for(*hosts: str, engine: str = "auto", **sections: Any) -> dict[str, Any]:
+def gateway_for(*hosts: str, engine: str = "vllm", **sections: Any) -> dict[str, Any]:
     balancer = {**OTHER_LIMITS, **sections.pop("load_balancer", {})}
     timeouts = {"idle": IDLE, "first_token": 5}
     performance = {"timeouts": timeouts, **sections.pop("performance", {})}
@@ -195,7 +195,6 @@ async def test_two_clients_events_do_not_mix(autojump_clock: MockClock) -> None:
 @pytest.mark.parametrize(
     ("engine", "added"),
     [
-        ("auto", {"continue_final_message": True, "add_generation_prompt": False}),
         ("vllm", {"continue_final_message": True, "add_generation_prompt": False}),
         ("sglang", {"continue_final_message": True, "add_generation_prompt": False}),
         ("llamacpp", {"continue_final_message": True, "add_generation_prompt": False}),
@@ -397,7 +396,7 @@ async def test_a_broken_stream_waits_for_a_slot_in_front_of_newer_requests(
         return engine.answer("b")(entry)
 
     models = {"m": {"endpoints": [{"url": endpoint("a")}, {"url": endpoint("b")}],
-                    "max_concurrent": 1}}  # fmt: skip
+                    "max_concurrent": 1, "engine": "vllm"}}  # fmt: skip
     async with running_gateway(fleet(models)) as world, trio.open_nursery() as nursery:
         busy = Script([engines.wait(let_go), *engines.stream_chat(["x"]).steps])
         world.engines["a"].scripts.append(engine.breaks("one", 4, sleep(2), close()))
