@@ -44,6 +44,16 @@ class Upstream:
     engine: Engine = Engine.AUTO
     asks_usage: bool = True  # until it has refused `stream_options`
 
+    def is_deaf(self, kind: Kind) -> bool:
+        """Whether it does not hear the client of a whole answer hang up, and works on.
+
+        llama.cpp writes nothing before the end, and listens only when it writes.
+        """
+        is_llamacpp = self.engine is Engine.LLAMACPP or (
+            self.engine is Engine.AUTO and self.endpoint.server == "llama.cpp"
+        )
+        return is_llamacpp and kind is not Kind.EMBEDDINGS
+
 
 @attrs.define(eq=False)
 class Model:

@@ -30,6 +30,7 @@ class Endpoint:
     latency: PeakEwma = attrs.field(factory=PeakEwma)
     in_flight: int = 0
     cooling_until: float = -math.inf
+    server: str = ""  # what it says it is
     watchers: list[Callable[[Endpoint], None]] = attrs.field(factory=list, init=False, repr=False)
 
     def probed(self, error: str | None, now: float) -> bool:
