@@ -190,7 +190,12 @@ CASES = [
 ]
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "alone": {"m": {"endpoints": [{"url": endpoint("bad")}]}},
-    "second endpoint": {"m": {"endpoints": [{"url": endpoint("bad")}, {"url": endpoint("good")}]}},
+    "second endpoint": {
+        "m": {
+            "endpoints": [{"url": endpoint("bad")}, {"url": endpoint("good")}],
+            "engine": "vllm",  # it can be told to go on with what another has begun
+        }
+    },
     "fallback": {
         "m": {"endpoint": endpoint("bad"), "fallbacks": ["other"]},
         "other": {"endpoint": endpoint("good")},

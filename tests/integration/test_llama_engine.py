@@ -243,6 +243,50 @@ def test_a_client_that_leaves_its_stream_frees_the_engine_at_once(
     until(lambda: setup.busy_slots() == 0, within=2)  # 900 tokens would take about ten seconds
 
 
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_a_client_that_leaves_its_whole_answer_frees_the_engine_at_once(
+    setup: Setup, route: str
+) -> None:
+    until(lambda: setup.busy_slots() == 0, within=10)
+    body = {"model": "solo", "max_tokens": 900, "prompt": "The sea", "messages": HELLO, **ON_AND_ON}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{setup.url}/v1/{route}", json=body, timeout=1, trust_env=False)
+
+    until(lambda: setup.busy_slots() == 0, within=2)  # 900 tokens would take about ten seconds
+
+
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ("chat/completions", {"messages": HELLO}),
+        ("chat/completions", {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "n": 2}),
+        ("completions", {"prompt": "The sea is"}),
+        ("completions", {"prompt": "The sea is", "logprobs": 2}),
+    ],
+    ids=str,
+)
+def test_a_whole_answer_is_what_the_engine_itself_would_have_answered(
+    setup: Setup, route: str, asked: dict[str, Any]
+) -> None:
+    body = {"model": "smollm2", "max_tokens": 12, "temperature": 0, **ON_AND_ON, **asked}
+    its_own = httpx.post(f"{setup.solo}/v1/{route}", json=body, timeout=30, trust_env=False)
+    body["model"] = "solo"
+    ours = httpx.post(f"{setup.url}/v1/{route}", json=body, timeout=30, trust_env=False)
+
+    assert comparable(ours.json()) == comparable(its_own.json())
+
+
+def comparable(answer: Any) -> Any:
+    """Without what differs from one answer to the next."""
+    for varying in ("id", "created", "timings"):
+        assert answer.pop(varying)
+    del answer["usage"]["prompt_tokens_details"]  # what was cached by then
+    for choice in answer["choices"]:
+        if choice.get("logprobs") is None:
+            choice.pop("logprobs", None)
+    return answer
+
+
 # Short: in longer answers, what was read at once and what was said word by word add up to something
 # else in the last digit, and some day to another word.
 TELL_ME: Any = {

@@ -9,6 +9,7 @@ from tests.restarts.program import hand_over_often, reload_often, restart_often
 
 RELOADS = int(os.environ.get("CITADEL_RELOADS", "10"))
 RESTARTS = int(os.environ.get("CITADEL_RESTARTS", "3"))
+HAND_OVERS = int(os.environ.get("CITADEL_RESTARTS", "2"))
 
 
 async def test_reloads_under_load_lose_nothing(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ async def test_restarts_on_a_socket_that_stays_lose_nothing(tmp_path: Path) -> N
 
 
 async def test_handing_over_to_a_successor_loses_nothing(tmp_path: Path) -> None:
-    result = await hand_over_often(tmp_path, RESTARTS)
+    result = await hand_over_often(tmp_path, HAND_OVERS)
 
     assert result.is_clean, result
     assert set(result.tally.answered) == {"fresh", "kept", "stream"}

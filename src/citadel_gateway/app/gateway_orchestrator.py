@@ -216,10 +216,13 @@ class GatewayOrchestrator:
         model = self.balancer.models[endpoint.model].config
         continuation = journey.continuation(upstream)
         request = job.request if continuation is None else continuation.request
+        as_stream = request.stream or upstream.is_deaf(request.kind)
         call = Call(
             request=request,
             body=request.body_for(
-                model.upstream_model or endpoint.model, ask_usage=upstream.asks_usage
+                model.upstream_model or endpoint.model,
+                ask_usage=upstream.asks_usage,
+                as_stream=as_stream,
             ),
             request_id=record.request_id,
             tracing=job.tracing,
@@ -241,7 +244,8 @@ class GatewayOrchestrator:
                 await self._relay(upstream, call, timing, journey, sink)
                 answer = None
             else:
-                answer = await self.client.ask(upstream.target, call, timing, record)
+                ask = self.client.ask_for_stream if as_stream else self.client.ask
+                answer = await ask(upstream.target, call, timing, record)
                 record.prompt_tokens = answer.usage.prompt_tokens
                 record.completion_tokens = answer.usage.completion_tokens
                 if measurement is not None:

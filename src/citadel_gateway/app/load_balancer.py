@@ -61,6 +61,20 @@ class Upstream:
     engine: Engine = Engine.AUTO
     asks_usage: bool = True  # until it has refused `stream_options`
 
+    @property
+    def known_engine(self) -> Engine:
+        """What it is configured to be, else what it says that it is."""
+        if self.engine is Engine.AUTO and self.endpoint.server == "llama.cpp":
+            return Engine.LLAMACPP
+        return self.engine
+
+    def is_deaf(self, kind: Kind) -> bool:
+        """Whether it does not hear the client of a whole answer hang up, and works on.
+
+        llama.cpp writes nothing before the end, and listens only when it writes.
+        """
+        return self.known_engine is Engine.LLAMACPP and kind is not Kind.EMBEDDINGS
+
 
 @attrs.define(eq=False)
 class Model:

@@ -71,7 +71,7 @@ class Rescue:
             return None
         if self.request.kind is Kind.COMPLETIONS and upstream.engine is Engine.OLLAMA:
             return None  # it takes a prompt for a message of the user's
-        return _PREFILL[upstream.engine]
+        return _PREFILL[upstream.known_engine]
 
 
 def is_worth_continuing(failure: UpstreamFailure) -> bool:

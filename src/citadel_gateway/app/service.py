@@ -447,8 +447,7 @@ class UnifiedAPIGatewayService:
         if self._background is not None:
             self._background.start_soon(self._run_generation, generation)
         previous.retire()
-        self._breaker_news.set()
-        self.admission.pump()
+        self._breaker_news.set()  # other breakers; and those who wait are called, as there is room
         after = {u.endpoint.url for u in generation.balancer.upstreams}
         self.log.event(
             logging.INFO,

@@ -56,15 +56,22 @@ class NothingLearnt(Exception):
     """The probe could not be made for want of something of our own, such as a descriptor."""
 
 
-async def ask(client: httpx.AsyncClient, probe: Probe, within: float) -> str | None:
+async def ask(
+    client: httpx.AsyncClient,
+    probe: Probe,
+    within: float,
+    on_server: Callable[[str], None] = lambda _: None,
+) -> str | None:
     """What is wrong with the endpoint, or ``None`` if nothing is.
+
+    :param on_server: told what the endpoint says it is.
 
     Raises :class:`NothingLearnt`.
     """
     try:
         with trio.fail_after(within):
             for url in probe.urls:
-                status = await _status(client, url, probe)
+                status = await _status(client, url, probe, on_server)
                 if status not in _NO_SUCH_ROUTE:
                     return _complaint(status)
     except trio.TooSlowError:
@@ -76,9 +83,13 @@ async def ask(client: httpx.AsyncClient, probe: Probe, within: float) -> str | N
     return None  # it speaks HTTP, and has no health route to ask
 
 
-async def _status(client: httpx.AsyncClient, url: str, probe: Probe) -> int:
+async def _status(
+    client: httpx.AsyncClient, url: str, probe: Probe, on_server: Callable[[str], None]
+) -> int:
     asking = client.stream("GET", url, headers=probe.headers, extensions={ORIGIN: probe.origin})
     async with asking as response:
+        if server := response.headers.get("server"):
+            on_server(server)
         length = response.headers.get("content-length", "")
         if length.isdecimal() and int(length) <= _MOST_READ:
             async for _ in response.aiter_raw():
@@ -120,7 +131,7 @@ class HealthChecker:
     async def check(self) -> None:
         """One probe, whatever it finds."""
         try:
-            error = await ask(self.client, self.probe, self.within)
+            error = await ask(self.client, self.probe, self.within, self._note_server)
         except NothingLearnt:
             return
         if self.endpoint.probed(error, trio.current_time()):
@@ -131,6 +142,9 @@ class HealthChecker:
         self._due = before._due
         if before._doubt.is_set() or before.probe != self.probe:
             self.suspect()
+
+    def _note_server(self, server: str) -> None:
+        self.endpoint.server = server
 
     async def watch(self) -> NoReturn:
         """Probe for ever, beginning one interval from now."""

@@ -82,7 +82,7 @@ class StreamRelay:
 
     async def run(self, connection: Connection) -> None:
         """Relay until the answer is whole; raises what the upstream did wrong."""
-        await _check_is_stream(connection)
+        await check_is_stream(connection)
         attempt, reader = self.attempt, self.reader
         attempt.expect_first_token()
         try:
@@ -96,7 +96,7 @@ class StreamRelay:
                 await self._flush(connection)
             raise CutShort("the upstream ended the stream before its answer did", started=True)
         await self._finish(connection)
-        await _read_to_end(connection)
+        await read_to_end(connection)
 
     async def _read(self, connection: Connection) -> None:
         attempt, reader = self.attempt, self.reader
@@ -224,7 +224,7 @@ class StreamRelay:
         await self.sink.finish(b"".join(self._held))
 
 
-async def _read_to_end(connection: Connection) -> None:
+async def read_to_end(connection: Connection) -> None:
     """Wait a moment for the end of a body, so that its connection can be used again.
 
     The client has its answer: whatever goes wrong now costs the connection and nothing else.
@@ -234,7 +234,8 @@ async def _read_to_end(connection: Connection) -> None:
         await connection.read_body()
 
 
-async def _check_is_stream(connection: Connection) -> None:
+async def check_is_stream(connection: Connection) -> None:
+    """Raises what the upstream has answered with instead."""
     content_type = (first(connection.response.headers, b"content-type") or b"").lower()
     if content_type.startswith(b"text/event-stream"):
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import attrs
 
+from citadel_gateway.io.assembled import AssembledAnswer
 from citadel_gateway.io.attempt import Attempt, Progress, read_all
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.deadlines import Deadlines
@@ -48,6 +49,15 @@ class UpstreamClient:
             return WholeAnswer(body=body, usage=check_whole_answer(call.request.kind, body))
 
         return await attempt.run(read)
+
+    async def ask_for_stream(
+        self, target: Target, call: Call, timing: Timing, progress: Progress
+    ) -> WholeAnswer:
+        """The same from an engine that is asked for a stream, and so can be left at any time."""
+        attempt = Attempt(self.pool, self.deadlines, target, call, timing, progress)
+        reader = StreamReader(expected=call.request.choices)
+        body = await attempt.run(AssembledAnswer(attempt, reader, MAX_ANSWER).run)
+        return WholeAnswer(body=body, usage=reader.final_usage())
 
     async def relay(
         self,

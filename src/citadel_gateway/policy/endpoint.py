@@ -49,6 +49,7 @@ class Endpoint:
     latency: PeakEwma = attrs.field(factory=PeakEwma)
     in_flight: int = 0
     cooling_until: float = -math.inf
+    server: str = ""  # what it says it is
     adaptive: AdaptiveLimit | None = None
     slow_start: SlowStart = NO_SLOW_START
     is_newcomer: bool = False

@@ -19,7 +19,7 @@ AUTO: Final = "auto"
 _MAX_MODEL_NAME = 256
 _MAX_MESSAGES = 4096
 _MAX_ITEMS = 100_000  # of a prompt given as tokens
-_CHANGEABLE = ("model", "stream_options")
+_CHANGEABLE = ("model", "stream", "stream_options")
 _STATEFUL = ("store", "previous_response_id", "background", "conversation")
 
 
@@ -59,13 +59,18 @@ class InferenceRequest:
     options: dict[str, Any] | None
     changeable: tuple[str, ...]
 
-    def body_for(self, model: str, *, ask_usage: bool) -> bytes:
-        """The body to send: for *model*, and asking for the usage of a stream if *ask_usage*."""
+    def body_for(self, model: str, *, ask_usage: bool, as_stream: bool = False) -> bytes:
+        """The body to send: for *model*, and asking for the usage of a stream if *ask_usage*.
+
+        :param as_stream: ask for a stream, whatever the client asked for.
+        """
         changes: dict[str, Any] = {}
         if self.named != model:
             changes["model"] = model
         if ask_usage and self.stream and not self.wants_usage:
             changes["stream_options"] = {**(self.options or {}), "include_usage": True}
+        if as_stream and not self.stream:
+            changes |= {"stream": True, "stream_options": {"include_usage": True}}
         return set_members(self.body, self.changeable, changes) if changes else self.body
 
 
