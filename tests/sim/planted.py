@@ -157,13 +157,14 @@ def cool_down_ignored(_: Original, self: Endpoint, seconds: float, now: float) -
 @bug("an endpoint gets one request too many", LoadBalancer, "_make_upstream")
 def cap_off_by_one(make: Original, self: LoadBalancer, *args: Any) -> Any:
     upstream = make(self, *args)
-    upstream.endpoint.max_concurrent += 1
+    endpoint = upstream.endpoint
+    endpoint.resize(endpoint.max_concurrent + 1, None, endpoint.slow_start)
     return upstream
 
 
 @bug("the whole gateway has one seat too many", Waitroom, "__init__")
-def seats_off_by_one(init: Original, self: Waitroom, *, seats: int, room: int) -> None:
-    init(self, seats=seats + 1, room=room)
+def seats_off_by_one(init: Original, self: Waitroom, *, seats: int, **others: Any) -> None:
+    init(self, seats=seats + 1, **others)
 
 
 @bug("a rate limit has one too many in its bucket", TokenBucket, "__init__")
