@@ -227,6 +227,18 @@ def test_what_is_too_much_takes_effect_at_once_and_only_once(kind: Kind) -> None
     assert limit.limit == 28
 
 
+def test_what_was_sent_before_a_decrease_says_nothing_about_the_limit_after_it() -> None:
+    limit = grown(40)
+    limit.learn(sample(kind=Kind.REFUSED, in_flight=40, began=1.0), 2.0)
+    for _ in range(100):
+        limit.learn(sample(50.0, in_flight=40, began=1.5), 3.0)
+    assert limit.limit == 34
+
+    for _ in range(20):
+        limit.learn(sample(50.0, in_flight=34, began=2.5), 3.0)
+    assert limit.limit < 34
+
+
 def test_a_refusal_of_few_is_believed_about_few() -> None:
     limit = grown(100)
     limit.learn(sample(kind=Kind.REFUSED, in_flight=33, began=1.0), 1.0)

@@ -54,8 +54,8 @@ def test_one_that_is_full_is_not_waited_for_once_it_is_cordoned(algorithm: str) 
     for slot in slots:
         slot.close(Verdict.GOOD, 1.0)
     assert line.choose((), 1.0) is None
-    assert line.next_chance(1.0, 5.0) == 5.0
     assert line._returns == []  # it does not come back by itself
+    assert line.next_chance(1.0, 5.0) == 5.0
 
 
 def test_its_health_goes_on_and_does_not_bring_it_back() -> None:

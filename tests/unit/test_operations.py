@@ -506,9 +506,26 @@ async def test_streams_raise_the_limit_and_those_who_wait_are_called_at_once(
         gauges = await world.metrics()
 
     assert {answer.status for answer in answers} == {200}
-    assert world.engines["m"].max_in_flight > 20  # long before the first of them had ended
+    asked_at = [post.received_at for post in world.posts]
+    assert sum(at == asked_at[0] for at in asked_at) > 20  # long before the first had ended
     assert 20 < gauge(gauges, "endpoint_limit", "m") <= 50
     assert gauge(gauges, "endpoint_max_concurrent", "m") == 50
+
+
+async def test_what_another_endpoint_sends_is_not_taken_for_an_answer_of_the_first(
+    autojump_clock: MockClock,
+) -> None:
+    models = {"m": {"endpoints": [{"url": endpoint("a"), "adaptive_concurrency": True},
+                                  {"url": endpoint("b")}]}}  # fmt: skip
+    async with running_gateway(fleet(models)) as world:
+        world.engines["a"].default = engines.status(500)
+        world.engines["b"].default = engines.stream_chat(["x"])
+        answers = [await world.ask("m", stream=True) for _ in range(6)]
+        adaptive = world.endpoint("a").adaptive
+
+    assert {host(answer) for answer in answers} == {"b"}
+    assert adaptive is not None
+    assert adaptive._at_rest == {}
 
 
 async def test_whole_answers_raise_it_too(autojump_clock: MockClock) -> None:
@@ -586,6 +603,24 @@ async def test_an_endpoint_that_comes_back_starts_slowly(
     assert gauge(gauges, "endpoint_slow_start_share", "a") == 0.1
     assert gauge(gauges, "endpoint_limit", "a") == 10
     assert gauge(gone, "endpoint_slow_start_share", "a") == 1
+
+
+async def test_an_address_that_joins_others_starts_slowly_but_not_the_first(
+    autojump_clock: MockClock,
+) -> None:
+    addresses = {"pool": ["10.0.0.1"]}
+    config = fleet({"m": {"endpoint": endpoint("pool"), "resolve": "each"}})
+    async with running_gateway(
+        config, addresses=addresses, hosts=["10.0.0.1", "10.0.0.2"]
+    ) as world:
+        (first,) = world.service.balancer.upstreams
+        assert first.endpoint.warmth == 1.0
+        addresses["pool"].append("10.0.0.2")
+        await trio.sleep(10.5)
+        _, second = world.service.balancer.upstreams
+
+        assert second.endpoint.warmth < 1.0
+        assert first.endpoint.warmth == 1.0
 
 
 async def test_the_last_one_that_comes_back_is_not_held_up(autojump_clock: MockClock) -> None:

@@ -139,6 +139,8 @@ def test_in_a_panic_all_get_requests_and_afterwards_the_healthy_ones(algorithm: 
     line.add(pool.endpoints)
     for one in pool.endpoints[1:]:
         one.probed("down", 1.0)
+        for _ in range(30):
+            line.choose((), 1.0)  # who is down is met, and stands aside
     assert {line.choose((), 1.0) for _ in range(30)} == set(pool.endpoints)
 
     pool.endpoints[1].probed(None, 2.0)

@@ -191,6 +191,49 @@ def test_who_joins_a_line_halfway_goes_on_from_there(algorithm: str) -> None:
 
 
 @every_algorithm
+def test_who_joins_a_line_halfway_need_not_be_chosen_to_go_on(algorithm: str) -> None:
+    warm, back = endpoint("warm"), endpoint("back")
+    return_at(back, 0.0)
+    line = roster(algorithm, [warm, back])
+    line.choose((), 10.0)
+
+    assert back.limit == 40
+
+
+@every_algorithm
+def test_one_that_is_full_is_in_line_again_when_its_next_step_comes(algorithm: str) -> None:
+    warm, back = endpoint("warm", room=1), endpoint("back", room=40)
+    line = roster(algorithm, [warm, back])
+    return_at(back, 0.0)
+    hold(line, 50, 0.0)
+    assert (warm.in_flight, back.in_flight) == (1, 4)
+
+    hold(line, 50, 2.0)  # nobody has finished
+    assert back.in_flight == 8
+    hold(line, 50, 20.0)
+    assert back.in_flight == 40
+    assert line._steps == []
+
+
+def test_one_that_stood_aside_while_it_warmed_up_does_not_wait_for_an_old_turn() -> None:
+    picker = make_picker("round_robin", random.Random(1))
+    others, back = [endpoint(name) for name in "ab"], endpoint("back")
+    for one in (*others, back):
+        picker.join(one)
+    back.warmth = 0.1
+    picker.reweigh(back)
+    for _ in range(20):
+        if picker.pick((), lambda _: True) is back:
+            break
+    picker.leave(back)  # its next turn is ten rounds ahead
+    back.warmth = 1.0
+    picker.reweigh(back)
+    picker.join(back)
+
+    assert back in [picker.pick((), lambda _: True) for _ in range(4)]
+
+
+@every_algorithm
 def test_it_is_hurried_when_there_is_nobody_else(algorithm: str) -> None:
     warm, back = endpoint("warm", room=1), endpoint("back", room=40)
     line = roster(algorithm, [warm, back])

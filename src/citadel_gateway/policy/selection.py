@@ -127,7 +127,7 @@ class Least:
             self._enter(endpoint, score)
 
     def reweigh(self, endpoint: Endpoint) -> None:
-        self.eased(endpoint)  # a lower weight is noticed when its turn comes
+        """A lower weight is noticed when its turn comes, and of a higher one it is told."""
 
     def in_order(self) -> list[Endpoint]:
         return [entry[3] for entry in sorted(self._entries.values())]
