@@ -70,8 +70,9 @@ async def page_cost(size: int) -> tuple[float, float]:
     endpoints = tuple(make_group("round_robin", size).upstreams)
     metrics = Metrics(
         lambda: Levels(
-            endpoints=endpoints, queue_depths={"m": 0}, in_flight=0, connections=0, tasks=0,
-            upstream_connections=0, draining=False, log_lines_dropped=0, now=1.0,
+            endpoints=endpoints, queue_depths={("m", "default"): 0}, queue_waits={}, in_flight=0,
+            connections=0, tasks=0, upstream_connections=0, draining=False,
+            log_lines_dropped=0, now=1.0,
         )
     )  # fmt: skip
     for endpoint in endpoints:
