@@ -9,7 +9,11 @@ One connection, one request after another.  Each count is the difference between
 a short one, so that what happens once per phase cancels; what timers do meanwhile is counted in a
 phase of rest and taken off.
 
-Exit codes: 0 fine, 1 a count is more than 5 % above its baseline, 2 nothing to compare.
+Chunks are counted three times, and the middle one is taken: how many are read together is the
+kernel's choice.
+
+Exit codes: 0 fine, 1 a count is too far above its baseline (5 % for requests, 15 % for chunks),
+2 nothing to compare.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import json
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,9 +40,10 @@ from bench.peers import KEY, Place, citadel_config, first_answer
 from bench.processes import Process, free_ports, running
 
 BASELINE = Path(__file__).parent / "results" / "instructions.json"
-ALLOWED = 1.05
+ALLOWED = {"per_request": 1.05, "per_chunk": 1.15}
 WARM, FEW, MANY = 100, 100, 400  # whole requests
 SHORT, LONG, PACE = 50, 450, 50  # chunks of a stream; slow enough to be read one by one
+STREAMS = 3
 REST = 3.0  # seconds
 
 
@@ -121,11 +127,18 @@ def count(engine: int, folder: Path) -> dict[str, int]:
         rest = counter.phase(lambda: time.sleep(REST))
         few = counter.phase(lambda: ask(port, whole, FEW))
         many = counter.phase(lambda: ask(port, whole, MANY))
-        short = counter.phase(lambda: ask(port, stream(SHORT), 1))
-        long = counter.phase(lambda: ask(port, stream(LONG), 1))
+        streams = [
+            (
+                counter.phase(lambda: ask(port, stream(SHORT), 1)),
+                counter.phase(lambda: ask(port, stream(LONG), 1)),
+            )
+            for _ in range(STREAMS)
+        ]
     return {
         "per_request": per_unit(few, many, MANY - FEW, rest),
-        "per_chunk": per_unit(short, long, LONG - SHORT, rest),
+        "per_chunk": statistics.median_low(
+            per_unit(short, long, LONG - SHORT, rest) for short, long in streams
+        ),
         "per_second_at_rest": round(rest.instructions / rest.seconds),
     }
 
@@ -143,13 +156,13 @@ def surroundings() -> dict[str, str]:
 def verdicts(found: dict[str, int], baseline: dict[str, Any]) -> tuple[list[str], bool]:
     """A line for each count, and whether all are within what is allowed."""
     lines, good = [], True
-    for what in ("per_request", "per_chunk"):
+    for what, allowed in ALLOWED.items():
         now, then = found[what], baseline[what]
-        fine = now <= then * ALLOWED
+        fine = now <= then * allowed
         good = good and fine
         lines.append(
             f"{what.replace('_', ' ')}: {now:,} instructions, {now / then - 1:+.1%} against "
-            f"{then:,}{'' if fine else f': MORE than {ALLOWED - 1:.0%} above'}"
+            f"{then:,}{'' if fine else f': MORE than {allowed - 1:.0%} above'}"
         )
     return lines, good
 
