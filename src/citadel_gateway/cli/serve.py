@@ -13,6 +13,7 @@ from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.cli.common import config_option, load_or_exit, run_until_stopped
 from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.descriptors import raise_limit
+from citadel_gateway.io.heap import keep_collections_short
 from citadel_gateway.io.libraries import route_library_logs
 from citadel_gateway.io.listening import inherited_sockets
 from citadel_gateway.io.successor import Successor, tell_predecessor
@@ -42,6 +43,7 @@ def serve(config_path: str) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(run)
+            keep_collections_short()
             tell_predecessor(os.environ)
 
     try:
