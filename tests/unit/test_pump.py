@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from citadel_gateway.io.pump import Pump
+from citadel_gateway.io.pump import Pump, _find_trio_epoll
 
 BOTH = pytest.mark.parametrize("in_place", [True, False], ids=["in place", "task"])
 PATIENCE = 10
@@ -162,3 +163,35 @@ async def test_streams_do_not_mix(in_place: bool) -> None:
     for ours, theirs in pairs:
         ours.close()
         theirs.close()
+
+
+async def test_a_wait_that_is_over_is_not_begun_again_by_trio() -> None:
+    """Else whatever arrives during the second one waits for its end, and timers ring late."""
+    ours, theirs = pair()
+    with ours, theirs:
+        async with pumping(in_place=True) as pump, trio.open_nursery() as nursery:
+            nursery.start_soon(pump.carry, ours, lambda _: True)
+            await wait_all_tasks_blocked()
+            trios_own = select.poll()
+            trios_own.register(_find_trio_epoll(), select.POLLIN)
+            assert not trios_own.poll(0)
+
+            pump.before_io_wait(0.001)
+
+            assert trios_own.poll(0), "Trio would wait on"
+            nursery.cancel_scope.cancel()
+
+
+async def test_trio_has_its_turn_at_once_where_it_does_not_mean_to_wait() -> None:
+    ours, theirs = pair()
+    with ours, theirs:
+        async with pumping(in_place=True) as pump, trio.open_nursery() as nursery:
+            nursery.start_soon(pump.carry, ours, lambda _: True)
+            await wait_all_tasks_blocked()
+            trios_own = select.poll()
+            trios_own.register(_find_trio_epoll(), select.POLLIN)
+
+            pump.before_io_wait(0)
+
+            assert not trios_own.poll(0)  # waking it would cost a turn for nothing
+            nursery.cancel_scope.cancel()

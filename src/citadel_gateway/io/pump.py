@@ -110,6 +110,8 @@ class Pump(trio.abc.Instrument):
         until = time.perf_counter() + min(timeout, _LONGEST)
         while not self._take_turns(max(0.0, until - time.perf_counter())):
             if time.perf_counter() >= until:
+                if timeout > 0:
+                    self._end_wait()  # it is over, and Trio would now begin it: nobody is carried
                 return
 
     def _take_turns(self, timeout: float) -> bool:
@@ -135,8 +137,11 @@ class Pump(trio.abc.Instrument):
     def _wake(self, descriptor: int, flow: _Flow, result: outcome.Outcome[None]) -> None:
         if self._drop(descriptor, flow):  # else its own step has led to its being cancelled
             trio.lowlevel.reschedule(flow.task, result)
+        self._end_wait()  # Trio has decided how long it sleeps, and does not know of the task yet
+
+    def _end_wait(self) -> None:
+        """Let Trio come back at once from the wait that it is about to begin."""
         if self._token is not None:
-            # Trio has decided how long it sleeps, and does not know of the task yet.
             self._token.run_sync_soon(_nothing, idempotent=True)
 
     def _drop(self, descriptor: int, flow: _Flow) -> bool:
