@@ -122,6 +122,8 @@ def latency_table(found: dict[str, Any], shown: Sequence[Row]) -> list[str]:
             number(added_ms(found, row, "p99_ms")),
             first(row, "200 streams", "p50_ms"),
             first(row, "200 streams", "p99_ms"),
+            first(row, "200 streams", "gap_ms"),
+            first(row, "4000 streams", "gap_ms"),
         ]
         for row in shown
     ]
@@ -131,9 +133,10 @@ def latency_table(found: dict[str, Any], shown: Sequence[Row]) -> list[str]:
         "Whole requests, one connection: the quantile through the gateway less the same quantile "
         f"straight to the engine ({number(direct(found, 'p50_ms'))} ms and "
         f"{number(direct(found, 'p99_ms'))} ms). First chunk: from the request to the first chunk "
-        "while 200 streams are being opened, engine included.",
+        "while 200 streams are being opened, engine included. Gap: the longest between two chunks "
+        "of a stream, of 200 streams whose chunks are due every 50 ms, and of 4000, every second.",
         "",
-        *table(["gateway", "p50", "p99", "first chunk p50", "p99"], body),
+        *table(["gateway", "p50", "p99", "first chunk p50", "p99", "gap at 200", "at 4000"], body),
     ]
 
 
