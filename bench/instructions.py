@@ -42,7 +42,7 @@ from bench.processes import Process, free_ports, running
 BASELINE = Path(__file__).parent / "results" / "instructions.json"
 ALLOWED = {"per_request": 1.05, "per_chunk": 1.15}
 WARM, FEW, MANY = 100, 100, 400  # whole requests
-SHORT, LONG, PACE = 50, 450, 50  # chunks of a stream; slow enough to be read one by one
+SHORT, LONG, PACE = 50, 650, 100  # chunks of a stream; slow enough to be read one by one
 STREAMS = 3
 REST = 3.0  # seconds
 
