@@ -54,6 +54,7 @@ class Pump(trio.abc.Instrument):
     _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
     _watching: bool = attrs.field(default=False, init=False)
     _trio: int = attrs.field(default=-1, init=False)  # Trio's own descriptor, while it is watched
+    _now: Callable[[], float] = attrs.field(default=trio.current_time, init=False)
 
     @property
     def flows(self) -> int:
@@ -62,6 +63,7 @@ class Pump(trio.abc.Instrument):
 
     async def run(self) -> NoReturn:
         """Call the steps of those streams that nobody else calls."""
+        self._now = trio.lowlevel.current_clock().current_time  # without a look for the event loop
         trio_epoll = _find_trio_epoll() if self.in_place else -1
         if trio_epoll >= 0:
             self._token = trio.lowlevel.current_trio_token()
@@ -118,7 +120,7 @@ class Pump(trio.abc.Instrument):
         """Wait for something to happen; true if it is something for Trio."""
         is_for_trio = False
         events, flows = self._epoll.poll(timeout, _MOST), self._flows
-        now = trio.current_time()
+        now = self._now()
         for descriptor, _ in events:
             flow = flows.get(descriptor)
             if flow is None:
