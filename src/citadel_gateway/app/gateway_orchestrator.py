@@ -9,6 +9,7 @@ from functools import partial
 import attrs
 import trio
 
+from citadel_gateway.app import clocks
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
 from citadel_gateway.app.measuring import Measurement
 from citadel_gateway.app.rescue import Rescue, is_worth_continuing
@@ -42,9 +43,6 @@ from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest
 from citadel_gateway.wire.openai_stream import StreamReader
 
-_CONNECT = 2.0
-_IDLE = 20.0
-
 
 @attrs.frozen(kw_only=True)
 class Job:
@@ -53,6 +51,7 @@ class Job:
     :param deadline: in Trio's time; a whole answer or a first token is due by then.
     :param allowed: the same in seconds from its arrival, for messages.
     :param shortened: the client asked for that deadline by header.
+    :param longest: seconds from its arrival that the client said it would wait.
     :param party: whose turn it takes when there is a queue.
     """
 
@@ -64,6 +63,7 @@ class Job:
     allowed: float
     shortened: bool
     party: Party
+    longest: float = math.inf
 
 
 @attrs.define(eq=False)
@@ -81,10 +81,12 @@ class GatewayOrchestrator:
     metrics: Metrics
     suspect: Callable[[Endpoint], None]
     budget: RetryBudget = attrs.field(init=False)
+    _allows_for_prompts: bool = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         balancing = self._balancing
         self.budget = RetryBudget(balancing.retry_budget_ratio, balancing.retry_budget_floor)
+        self._allows_for_prompts = clocks.allows_for_prompts(self.balancer.config)
 
     @property
     def _streaming(self) -> StreamingConfig:
@@ -101,6 +103,8 @@ class GatewayOrchestrator:
         asked failed.
         """
         now = trio.current_time()
+        if self._allows_for_prompts and job.request.stream:
+            job = self._with_time_for_prompt(job)
         self.budget.deposit(now)
         if not any(group.is_any_left((), now) for group in job.plan.groups):
             first = job.plan.groups[0]  # to queue for it would only delay the bad news
@@ -395,16 +399,27 @@ class GatewayOrchestrator:
         return True
 
     def _timing(self, job: Job, own: TimeoutsConfig) -> Timing:
-        shared = self.balancer.config.performance.timeouts
-        return Timing(
-            connect=own.connect or shared.connect or _CONNECT,
-            headers=own.headers or shared.headers or math.inf,
-            first_token=own.first_token or shared.first_token or math.inf,
-            idle=own.idle or shared.idle or _IDLE,
-            total=own.total or shared.total or math.inf,
+        return clocks.timing(
+            own,
+            self.balancer.config.performance.timeouts,
+            prompt_tokens=job.request.prompt_tokens,
             deadline=job.deadline,
             allowed=job.allowed,
             shortened=job.shortened,
+        )
+
+    def _with_time_for_prompt(self, job: Job) -> Job:
+        extra = clocks.time_for_prompt(
+            [model.config.timeouts for group in job.plan.groups for model in group.models],
+            self.balancer.config.performance.timeouts,
+            job.request.prompt_tokens,
+        )
+        allowed = min(job.allowed + extra, max(job.allowed, job.longest))
+        return attrs.evolve(
+            job,
+            deadline=job.deadline + allowed - job.allowed,
+            allowed=allowed,
+            shortened=job.longest <= allowed,
         )
 
 

@@ -180,6 +180,7 @@ class Relay:
             deadline=deadline,
             allowed=head.allowed,
             shortened=head.shortened,
+            longest=head.longest,
             party=head.party,
         )
 
