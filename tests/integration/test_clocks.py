@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,19 @@ import trio
 from trio.testing import MockClock
 
 from tests.support import scripted_engine as engines
-from tests.support.gateway import World, endpoint, fleet, running_gateway, words
-from tests.support.raw_client import Headers, RawResponse
+from tests.support.gateway import (
+    CHAT,
+    PORT,
+    World,
+    chat,
+    endpoint,
+    fleet,
+    gather,
+    running_gateway,
+    words,
+)
+from tests.support.raw_client import Headers, RawResponse, http_request
+from tests.support.scripted_engine import Script
 
 LONG = [{"role": "user", "content": "word " * 8000}]  # 40 000 bytes: 10 000 tokens by estimate
 READS = 10.0  # thousands of them, give or take the rest of the body
@@ -73,7 +85,7 @@ async def test_a_long_prompt_s_stream_is_not_cut_by_the_request_timeout(
     autojump_clock: MockClock,
 ) -> None:
     async with running_gateway(clocks({"first_token_per_1k_tokens": 2})) as world:
-        world.engines["m"].default = engines.Script(
+        world.engines["m"].default = Script(
             [engines.sleep(45), *engines.stream_chat(["late"]).steps]
         )
         response, took = await timed(world, messages=LONG)
@@ -86,7 +98,7 @@ async def test_a_whole_answer_s_time_does_not_grow_with_the_prompt(
     autojump_clock: MockClock,
 ) -> None:
     async with running_gateway(clocks({"first_token_per_1k_tokens": 2})) as world:
-        world.engines["m"].default = engines.Script([engines.hang()])
+        world.engines["m"].default = Script([engines.hang()])
         response, took = await timed(world, messages=LONG, stream=False)
 
     assert response.json()["error"]["code"] == "timeout_total"
@@ -128,3 +140,106 @@ async def test_a_request_s_time_is_that_of_the_slowest_reader_it_may_go_to(
 
     assert response.status == 504
     assert took == pytest.approx((10 + READS) + (10 + 3 * READS), abs=0.5)
+
+
+# --- what ran out is counted -----------------------------------------------------------------
+
+ALL = {"connect": 2, "headers": 3, "first_token": 4, "idle": 5, "total": 6}
+
+
+IDLE = 4.0  # seconds after which no connection of the probes is left in the pool
+
+
+async def counted(world: World) -> dict[tuple[str, str], float]:
+    """By clock and model."""
+    return {
+        (dict(labels)["clock"], dict(labels)["model"]): value
+        for (name, labels), value in (await world.metrics()).items()
+        if name == "citadel_gateway_timeouts_total"
+    }
+
+
+@pytest.mark.parametrize(
+    ("clock", "script", "stream"),
+    [
+        ("connect", None, True),
+        ("headers", Script([engines.hang()]), True),
+        ("first_token", SAYS_NOTHING, True),
+        ("idle", engines.stall_after(3), True),
+        ("total", engines.stream_chat(["x"] * 10, gap=1.0), True),
+        ("total", SAYS_NOTHING, False),
+    ],
+)
+async def test_each_clock_of_an_upstream_is_counted_when_it_runs_out(
+    autojump_clock: MockClock, clock: str, script: Script | None, stream: bool
+) -> None:
+    async with running_gateway(clocks(ALL)) as world:
+        if isinstance(script, Script):
+            world.engines["m"].default = script
+        else:
+            world.net.blackhole("m", PORT)
+            await trio.sleep(IDLE)
+        await timed(world, stream=stream)
+
+        assert await counted(world) == {(clock, "m"): 1}
+
+
+async def test_every_attempt_s_clock_is_counted_although_another_one_answers(
+    autojump_clock: MockClock,
+) -> None:
+    config = fleet({"m": ["bad", "good"]}, performance={"timeouts": {"headers": 3}})
+    async with running_gateway(config) as world:
+        world.engines["bad"].default = Script([engines.hang()])
+        response, _ = await timed(world)
+
+        assert response.status == 200
+        assert await counted(world) == {("headers", "m"): 1}
+
+
+async def test_nothing_is_counted_while_all_is_in_time(autojump_clock: MockClock) -> None:
+    async with running_gateway(clocks(ALL)) as world:
+        await timed(world)
+
+        assert await counted(world) == {}
+
+
+async def test_an_engine_s_own_word_for_a_timeout_is_no_clock_of_ours(
+    autojump_clock: MockClock,
+) -> None:
+    body = b'{"error": {"message": "late", "code": "timeout_idle"}}'
+    async with running_gateway(clocks(ALL)) as world:
+        world.engines["m"].default = engines.status(504, body)
+        await world.ask("m")
+
+        assert await counted(world) == {}
+
+
+async def test_a_wait_for_a_slot_that_was_too_long_is_counted(autojump_clock: MockClock) -> None:
+    config = fleet({"m": {"max_concurrent": 1}}, load_balancer={"queue_timeout": 2})
+    async with running_gateway(config) as world:
+        world.engines["m"].default = Script([engines.sleep(5), *engines.whole_chat("ok").steps])
+        await gather(*[partial(world.ask, "m")] * 2)
+
+        assert await counted(world) == {("queue", "m"): 1}
+
+
+async def test_a_client_s_clocks_are_counted(autojump_clock: MockClock) -> None:
+    """Nobody knows by then which model it wants."""
+    async with running_gateway(clocks({})) as world:
+        async with world.client() as client:
+            await client.send(b"POST / HT")
+            assert (await client.read_response()).status == 408
+        async with world.client() as client:
+            await client.send(http_request("POST", CHAT, None, [("content-length", "9")]))
+            assert (await client.read_response()).status == 408
+        assert await counted(world) == {("client_header", "none"): 1, ("client_body", "none"): 1}
+
+
+async def test_a_kept_connection_that_is_not_used_again_is_nothing_to_count(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_gateway(clocks({})) as world, world.client() as client:
+        await client.request("POST", CHAT, chat("m"))
+        await trio.sleep(100)
+
+        assert await counted(world) == {}

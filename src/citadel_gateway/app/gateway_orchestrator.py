@@ -202,6 +202,7 @@ class GatewayOrchestrator:
         try:
             await self.admission.wait(ticket, within)
         except trio.TooSlowError:
+            self.metrics.timed_out("queue", journey.group.name)
             if journey.failure is not None:
                 raise journey.failure from None
             self.metrics.turned_away(ticket.queue, "timeout")
@@ -257,6 +258,8 @@ class GatewayOrchestrator:
             result = "ok"
         except UpstreamFailure as failure:
             result = _result(failure.error)
+            if failure.clock is not None:
+                self.metrics.timed_out(failure.clock, endpoint.model)
             if measurement is not None:
                 measurement.failed(failure, trio.current_time())
             raise

@@ -313,6 +313,7 @@ class UnifiedAPIGatewayService:
                 self.note_crash,
                 self._note_unserved,
                 passed.take(API, api.host, api.port),
+                self.metrics.timed_out,
             )
         ]
         if monitoring.prometheus_port is not None:

@@ -28,6 +28,7 @@ class UpstreamFailure(Exception):
     :param judgement: whether to ask elsewhere, and what it says about the endpoint.
     :param cool_down: seconds the endpoint asked to be left alone.
     :param committed: bytes of this answer have reached the client.
+    :param clock: the one that has struck, if that is what was wrong.
     :param stale: the upstream hung up on an idle connection, most likely, just as it was used.
     """
 
@@ -36,6 +37,7 @@ class UpstreamFailure(Exception):
     cool_down: float | None = None
     committed: bool = False
     stale: bool = False
+    clock: str | None = None
 
     def __str__(self) -> str:
         return self.error.message
@@ -93,7 +95,7 @@ def from_clock(
     verdict = Verdict.NO_OPINION if final and shortened else Verdict.BAD
     retry = Retry.AMBIGUOUS if sent else Retry.SAFE
     return UpstreamFailure(
-        timed_out(clock, allowed), Judgement(Retry.NEVER if final else retry, verdict)
+        timed_out(clock, allowed), Judgement(Retry.NEVER if final else retry, verdict), clock=clock
     )
 
 
