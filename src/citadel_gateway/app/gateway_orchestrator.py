@@ -313,6 +313,7 @@ class GatewayOrchestrator:
     def _may_go_on(self, journey: _Journey, upstream: Upstream, failure: UpstreamFailure) -> bool:
         """Whether to ask somebody else after *failure*; if so, the journey is set on its way."""
         job, now = journey.job, trio.current_time()
+        journey.note_work(failure)
         if failure.committed:
             if self._may_continue(journey, upstream, failure, now):
                 return True
@@ -435,6 +436,7 @@ class _Journey:
     tried: set[Endpoint] = attrs.field(factory=set, init=False)
     repeated: bool = attrs.field(default=False, init=False)
     needs_fresh: bool = attrs.field(default=False, init=False)  # a connection, not an old one
+    has_been_worked_on: bool = attrs.field(default=False, init=False)
     asked_usage: bool = attrs.field(default=False, init=False)  # by our own `stream_options`
     failure: UpstreamFailure | None = attrs.field(default=None, init=False)
     verdict: Verdict = attrs.field(default=Verdict.NO_OPINION, init=False)  # of whom it is with
@@ -469,6 +471,16 @@ class _Journey:
             error = self.rescue.failure.error
             raise UpstreamFailure(error, Judgement(Retry.NEVER, Verdict.NO_OPINION))
         return found
+
+    def note_work(self, failure: UpstreamFailure) -> None:
+        """Once an engine may have answered, the client had better not begin from the start.
+
+        However the last attempt fails: a prompt that ends engines would end one more.
+        """
+        if failure.judgement.retry is Retry.AMBIGUOUS and not failure.stale:
+            self.has_been_worked_on = True
+        if self.has_been_worked_on:
+            failure.error.should_retry = False
 
     @property
     def later(self) -> tuple[Group, ...]:
