@@ -155,6 +155,7 @@ class UnifiedAPIGatewayService:
             client=UpstreamClient(self.pool, self.deadlines, self.pump),
             metrics=self.metrics,
             suspect=lambda endpoint: self.watch.suspect(endpoint),
+            draw=self._rng.random,
         )
         monitoring = config.monitoring
         return Generation(
