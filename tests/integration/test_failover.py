@@ -274,7 +274,7 @@ async def test_503_without_a_time_is_not_waited_for(autojump_clock: MockClock) -
 async def test_another_endpoint_or_a_fallback_goes_before_waiting(
     autojump_clock: MockClock,
 ) -> None:
-    models = {
+    models: dict[str, dict[str, Any]] = {
         "m": {"endpoints": [{"url": endpoint("a")}, {"url": endpoint("b")}], "fallbacks": ["f"]},
         "f": {"endpoint": endpoint("f")},
     }

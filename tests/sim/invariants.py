@@ -364,13 +364,16 @@ def retries_stay_within_their_budget(run: Run) -> Iterator[str]:
 
 @invariant
 def nobody_is_asked_twice(run: Run) -> Iterator[str]:
-    """A retry goes elsewhere, unless the last one was no fault of the endpoint."""
+    """A retry goes elsewhere, unless the last one was no fault of the endpoint.
+
+    One that asked for time may be asked again when it is over, see :func:`cool_downs_are_honoured`.
+    """
     for name, jobs in _by_request(run).items():
         failed: set[str] = set()
         for job in jobs:
             if job.host in failed:
                 yield f"{name} came to {job.host} once more: {[job.name for job in jobs]}"
-            if not (_is_stale(job) or job.refused_usage):
+            if not (_is_stale(job) or job.refused_usage or _asked_for_time(job)):
                 failed.add(job.host)
 
 
@@ -630,6 +633,11 @@ def _is_certainly_not_executed(job: Job) -> bool:
         or job.fault is JobFault.ERROR_IN_200
         or job.refused_usage
     )
+
+
+def _asked_for_time(job: Job) -> bool:
+    status, wait = job.script.status, job.script.retry_after
+    return job.end is End.REFUSED and (status == 429 or (status == 503 and wait is not None))
 
 
 def _asked_to_wait(job: Job) -> float:
