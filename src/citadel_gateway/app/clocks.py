@@ -27,10 +27,13 @@ def timing(
     allowed: float,
     shortened: bool,
 ) -> Timing:
-    """The clocks of one attempt: what the model says, else what is said for all."""
+    """The clocks of one attempt: what the model says, else what is said for all.
+
+    :param prompt_tokens: 0 if no model allows for them.
+    """
     first_token = own.first_token or shared.first_token or math.inf
-    if per_1k := _per_1k_tokens(own, shared):
-        first_token += per_1k * prompt_tokens / 1000
+    if prompt_tokens:
+        first_token += _per_1k_tokens(own, shared) * prompt_tokens / 1000
     return Timing(
         connect=own.connect or shared.connect or _CONNECT,
         headers=own.headers or shared.headers or math.inf,

@@ -453,7 +453,7 @@ class GatewayOrchestrator:
         return clocks.timing(
             own,
             self.balancer.config.performance.timeouts,
-            prompt_tokens=job.request.prompt_tokens,
+            prompt_tokens=job.request.prompt_tokens if self._allows_for_prompts else 0,
             deadline=job.deadline,
             allowed=job.allowed,
             shortened=job.shortened,

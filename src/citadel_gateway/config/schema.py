@@ -146,7 +146,9 @@ class LoadBalancerConfig:
         "Of the turns in a queue that pass over lower classes, what they get all the same; "
         "0: none.",
     )
-    max_attempts: Count = option(Count(3), "How often one request is sent, to all endpoints together.")
+    max_attempts: Count = option(
+        Count(3), "How often one request is sent, to all endpoints together."
+    )
     retry_ambiguous: RetryAmbiguous = option(
         RetryAmbiguous.STATELESS,
         "Send a request again whose first endpoint may have begun to work on it: once if it is "
