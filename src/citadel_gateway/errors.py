@@ -22,7 +22,8 @@ class GatewayError(Exception):
     :param code: OpenAI's ``code``.
     :param param: the field or header at fault.
     :param retry_after: seconds until the same request would be admitted.
-    :param should_retry: ``False`` when a retry by the client cannot help.
+    :param should_retry: ``False`` when the client had better not try again: it cannot help, or
+        would have an engine do once more what it may have done already.
     :param close: the connection must not be used again.
     """
 
@@ -198,19 +199,35 @@ def draining() -> GatewayError:
     )  # fmt: skip
 
 
-def timed_out(clock: str, after: float) -> GatewayError:
-    """*clock* is one of connect, headers, first_token, idle, total."""
+def timed_out(clock: str, after: float, *, executed: bool) -> GatewayError:
+    """*clock* is one of connect, headers, first_token, idle, total.
+
+    :param executed: the upstream may have worked on it.
+    """
     return GatewayError(
         f"The upstream took too long: {clock} clock, {after:g} s.",
-        504, "server_error", f"timeout_{clock}", should_retry=False,
+        504, "server_error", f"timeout_{clock}", should_retry=_advice(executed),
     )  # fmt: skip
 
 
-def upstream_failed(message: str, code: str, *, status: int = 502) -> GatewayError:
-    return GatewayError(message, status, "server_error", code, should_retry=False)
+def upstream_failed(message: str, code: str, *, executed: bool) -> GatewayError:
+    return GatewayError(message, 502, "server_error", code, should_retry=_advice(executed))
 
 
-def internal_error() -> GatewayError:
+def upstream_credentials_exhausted() -> GatewayError:
     return GatewayError(
-        "The gateway failed while handling the request.", 500, "server_error", "internal_error"
-    )
+        "The upstream does not accept the gateway's credentials.",
+        502, "server_error", "upstream_credentials_exhausted", should_retry=False,
+    )  # fmt: skip
+
+
+def internal_error(*, executed: bool = False) -> GatewayError:
+    return GatewayError(
+        "The gateway failed while handling the request.",
+        500, "server_error", "internal_error", should_retry=_advice(executed),
+    )  # fmt: skip
+
+
+def _advice(executed: bool) -> bool | None:
+    """Clients try again by themselves, and an answer may have been made already."""
+    return False if executed else None

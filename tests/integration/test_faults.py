@@ -32,7 +32,7 @@ from tests.support.scripted_engine import LedgerEntry, Script, hang, send
 IDLE = 4.0  # seconds after which no connection of the probes is left in the pool
 TIMEOUTS = {"headers": 5, "first_token": 8, "idle": 3}
 ERROR_KEYS = {"message", "type", "param", "code"}
-RETRY_2 = [("retry-after", "2")]
+LATER = [("retry-after", "50")]  # too late for whoever asks now
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 
 
@@ -159,9 +159,9 @@ FAULTS = [
     Fault("status 502, a web page", engines.html(502), Told(502, "upstream_502")),
     Fault("status 504", engines.status(504), Told(504, "upstream_504")),
     Fault("loading", engines.loading(), Told(503, "upstream_overloaded")),
-    Fault("status 503, come again", engines.status(503, b"", RETRY_2),
+    Fault("status 503, come again", engines.status(503, b"", LATER),
           Told(503, "upstream_overloaded", counts=False)),
-    Fault("status 429", engines.status(429, b"", RETRY_2),
+    Fault("status 429", engines.status(429, b"", LATER),
           Told(429, "upstream_overloaded", counts=False)),
     Fault("status 408", engines.status(408), Told(408, "upstream_408", counts=False)),
     Fault("status 401", engines.status(401, error("who?")),
@@ -429,7 +429,7 @@ async def trip(world: World) -> None:
 async def test_an_endpoint_that_says_retry_after_is_left_alone_so_long(
     autojump_clock: MockClock, status: int, value: str, seconds: float
 ) -> None:
-    async with running_gateway(gateway_for("alone")) as world:
+    async with running_gateway(gateway_for("alone", max_attempts=1)) as world:
         world.engines["bad"].scripts.append(engines.status(status, b"", [("retry-after", value)]))
         first = await world.ask("m")
         at_once = await world.ask("m")

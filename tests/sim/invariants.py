@@ -364,13 +364,16 @@ def retries_stay_within_their_budget(run: Run) -> Iterator[str]:
 
 @invariant
 def nobody_is_asked_twice(run: Run) -> Iterator[str]:
-    """A retry goes elsewhere, unless the last one was no fault of the endpoint."""
+    """A retry goes elsewhere, unless the last one was no fault of the endpoint.
+
+    One that asked for time may be asked again when it is over, see :func:`cool_downs_are_honoured`.
+    """
     for name, jobs in _by_request(run).items():
         failed: set[str] = set()
         for job in jobs:
             if job.host in failed:
                 yield f"{name} came to {job.host} once more: {[job.name for job in jobs]}"
-            if not (_is_stale(job) or job.refused_usage):
+            if not (_is_stale(job) or job.refused_usage or _asked_for_time(job)):
                 failed.add(job.host)
 
 
@@ -418,9 +421,8 @@ def endpoints_come_back(run: Run) -> Iterator[str]:
         yield f"not available again: {run.unavailable}"
     if run.unused:
         yield f"they got nothing though all others were full: {run.unused}"
-    wedged = set(run.still_half_open) - {line["endpoint"] for line in _late_trips(run)}
-    if wedged:
-        yield f"probed with success, and still half-open: {wedged}"
+    if run.still_half_open:
+        yield f"probed with success, and still half-open: {run.still_half_open}"
 
 
 @invariant
@@ -428,8 +430,8 @@ def all_is_well_once_engines_are(run: Run) -> Iterator[str]:
     if run.healed_at is None or run.rest is None:
         return
     excused = {"rate_limit_exceeded", "queue_full", "queue_timeout", "too_many_connections"}
-    if run.to_be_probed or _late_trips(run):
-        excused.add("no_healthy_backend")  # one at a time; or old failures were enough to judge
+    if run.to_be_probed:
+        excused.add("no_healthy_backend")  # one at a time
     for seen in run.seen:
         if not seen.id.startswith("after-") or seen.fate is Fate.ANSWERED:
             continue
@@ -499,17 +501,6 @@ def _finished(run: Run) -> list[tuple[float, float, dict[str, Any]]]:
         (when, line["duration_ms"] / 1000, line)
         for when, line in _requests(run)
         if "outcome" in line
-    ]
-
-
-def _late_trips(run: Run) -> list[dict[str, Any]]:
-    """Breakers that old failures have opened, when there were enough requests to judge by."""
-    return [
-        line
-        for when, line in run.lines
-        if line["event"] == "breaker"
-        and line["why"] == "failure ratio"
-        and when > (run.healed_at or 0.0)
     ]
 
 
@@ -630,6 +621,11 @@ def _is_certainly_not_executed(job: Job) -> bool:
         or job.fault is JobFault.ERROR_IN_200
         or job.refused_usage
     )
+
+
+def _asked_for_time(job: Job) -> bool:
+    status, wait = job.script.status, job.script.retry_after
+    return job.end is End.REFUSED and (status == 429 or (status == 503 and wait is not None))
 
 
 def _asked_to_wait(job: Job) -> float:

@@ -122,6 +122,7 @@ class World:
             departures,
             self.crashes.append,
             client=CLIENT,
+            on_timeout=self.service.metrics.timed_out,
         )
         self.nursery.start_soon(connection.run)
         return RawClient(ours)

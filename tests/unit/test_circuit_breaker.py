@@ -76,13 +76,21 @@ def test_no_opinion_between_failures_does_not_end_the_row() -> None:
     assert changes == [Transition(CLOSED, OPEN, "consecutive failures")]
 
 
-@pytest.mark.parametrize("pair", [[GOOD, BAD], [BAD, GOOD]], ids=["bad last", "good last"])
-def test_half_of_twenty_opens_and_of_nineteen_does_not(pair: list[Verdict]) -> None:
+def test_half_of_twenty_opens_and_of_nineteen_does_not() -> None:
     b = breaker()
-    verdicts = pair * 10
+    verdicts = [GOOD, BAD] * 10
 
     assert feed(b, verdicts[:19]) == []
     assert feed(b, verdicts[19:]) == [Transition(CLOSED, OPEN, "failure ratio")]
+
+
+def test_a_success_never_opens_it_and_the_next_failure_does() -> None:
+    """The twentieth makes the window count, but what has just worked is not to be left alone."""
+    b = breaker()
+
+    assert feed(b, [BAD, GOOD] * 10) == []
+    assert b.state(0.0) is CLOSED
+    assert feed(b, [BAD]) == [Transition(CLOSED, OPEN, "failure ratio")]
 
 
 def test_failures_that_left_the_window_do_not_count() -> None:

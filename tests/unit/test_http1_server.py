@@ -733,6 +733,16 @@ async def test_a_client_that_does_not_read_is_cut(autojump_clock: object) -> Non
         assert talk.app.cancelled == [("/flood", 30)]
 
 
+async def test_the_clock_of_a_client_that_takes_nothing_is_told(autojump_clock: object) -> None:
+    async with talking(lockstep=True) as talk:
+        talk.connection.on_timeout = (told := list[str]()).append
+        with trio.move_on_after(1):
+            await talk.send(get("/flood"))
+        await talk.ended.wait()
+
+    assert told == ["client_write"]
+
+
 async def test_a_last_write_that_was_cut_short_ends_the_connection(autojump_clock: object) -> None:
     async with talking(lockstep=True) as talk:
         with trio.move_on_after(1):

@@ -213,6 +213,7 @@ async def test_promtool_finds_nothing_wrong() -> None:
     metrics = make_metrics(endpoint("http://a"), endpoint(ODD))
     metrics.finished(finished("http://a"))
     metrics.attempted(endpoint("http://a"), "ok")
+    metrics.timed_out("idle", "m")
     text = await page(metrics)
 
     done = await trio.run_process(

@@ -230,6 +230,55 @@ def test_who_failed_over_keeps_its_age_among_those_who_wait() -> None:
     assert served == [first, second, third, late]
 
 
+def test_who_steps_out_holds_nothing_and_comes_back_at_its_age() -> None:
+    room, a = Waitroom(1, 9), endpoint()
+    one, late = ticket(a), ticket(a)
+    enter(room, one, late)
+
+    room.step_out(one, NO_OPINION, 1.0)
+    assert (one.outcome, room.taken, a.in_flight, room.depth("m")) == (None, 0, 0, 1)
+    assert room.pump(1.0) == [late]
+    enter(room, later := ticket(a))
+    room.come_back(one, 2.0)
+    room.leave(late, GOOD, 2.0)
+
+    assert room.pump(2.0) == [one]
+    room.leave(one, GOOD, 3.0)
+    assert room.pump(3.0) == [later]
+
+
+def test_who_comes_back_to_a_free_endpoint_has_it_at_once() -> None:
+    room, a = Waitroom(1, 9), endpoint()
+    enter(room, one := ticket(a))
+    room.step_out(one, NO_OPINION, 1.0)
+
+    room.come_back(one, 2.0)
+
+    assert (where(one), room.taken) == ("a", 1)
+
+
+@pytest.mark.parametrize("is_back", [False, True], ids=["outside", "in line again"])
+def test_who_leaves_after_it_has_lost_its_slot_owes_nothing(is_back: bool) -> None:
+    """What is under way counts for its tenant until it ends."""
+    room, a = Waitroom(9, 9), endpoint()
+    holder, one, other = ticket(a), ticket(a, party=Party("x"), prompt=100), ticket(a)
+    enter(room, holder, one, other)
+    room.leave(holder, GOOD, 0.5)
+    assert room.pump(0.5) == [one]  # its turn, for which it is charged
+    account = room._house.of("x")
+    assert account is not None
+    assert account.under_way > 0
+
+    room.step_out(one, NO_OPINION, 1.0)
+    if is_back:
+        room.pump(1.0)
+        room.come_back(one, 2.0)
+        assert one.outcome is None
+    room.leave(one, NO_OPINION, 3.0)
+
+    assert account.under_way == 0
+
+
 def test_an_endpoint_that_refuses_after_all_costs_no_seat() -> None:
     room, a = Waitroom(1, 9), endpoint(threshold=1)
     enter(room, one := ticket(a))
@@ -446,6 +495,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.room = Waitroom(self.SEATS, self.ROOM)
         self.endpoints = [endpoint("a", 1, 2), endpoint("b", 2, 2)]
         self.tickets: list[Ticket] = []
+        self.outside: list[Ticket] = []  # those that have stepped out
 
     @rule(
         which=st.sampled_from([(0,), (1,), (0, 1)]),
@@ -473,6 +523,7 @@ class AnyOrder(RuleBasedStateMachine):
     def leave(self, pick: int, verdict: Verdict) -> None:
         if self.tickets:
             gone = self.tickets.pop(pick % len(self.tickets))
+            self.outside = [t for t in self.outside if t is not gone]
             gone.settle(7, 50)
             self.room.leave(gone, verdict, self.now)
             self.room.leave(gone, verdict, self.now)
@@ -490,6 +541,17 @@ class AnyOrder(RuleBasedStateMachine):
                 self.tickets.remove(moving)
                 self.room.leave(moving, verdict, self.now)
             self.pump()
+
+    @rule(pick=st.integers(0, 9), verdict=st.sampled_from(Verdict), out=st.booleans())
+    def step_out_or_come_back(self, pick: int, verdict: Verdict, out: bool) -> None:
+        placed = [t for t in self.tickets if isinstance(t.outcome, Slot)]
+        if out and placed:
+            moving = placed[pick % len(placed)]
+            self.room.step_out(moving, verdict, self.now)
+            self.outside.append(moving)
+        elif not out and self.outside:
+            self.room.come_back(self.outside.pop(pick % len(self.outside)), self.now)
+        self.pump()
 
     @rule()
     def pump(self) -> None:
@@ -517,7 +579,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.pump()
 
     def waiting(self) -> list[Ticket]:
-        return [t for t in self.tickets if t.outcome is None]
+        return [t for t in self.tickets if t.outcome is None and t not in self.outside]
 
     def endpoints_of(self, one: Ticket) -> list[Endpoint]:
         return [e for e in self.endpoints if e.url in str(one.group)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 
 import attrs
 import trio
 
+from citadel_gateway.app import clocks, failover
+from citadel_gateway.app.failover import Pause, StillResting
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
 from citadel_gateway.app.measuring import Measurement
 from citadel_gateway.app.rescue import Rescue, is_worth_continuing
@@ -23,6 +26,7 @@ from citadel_gateway.errors import (
     queue_too_long,
 )
 from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.cool_downs import CoolDowns
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.keep_alive import kept_alive
 from citadel_gateway.io.metrics import Metrics
@@ -42,9 +46,6 @@ from citadel_gateway.wire.headers import Headers
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest
 from citadel_gateway.wire.openai_stream import StreamReader
 
-_CONNECT = 2.0
-_IDLE = 20.0
-
 
 @attrs.frozen(kw_only=True)
 class Job:
@@ -53,6 +54,7 @@ class Job:
     :param deadline: in Trio's time; a whole answer or a first token is due by then.
     :param allowed: the same in seconds from its arrival, for messages.
     :param shortened: the client asked for that deadline by header.
+    :param longest: seconds from its arrival that the client said it would wait.
     :param party: whose turn it takes when there is a queue.
     """
 
@@ -64,6 +66,7 @@ class Job:
     allowed: float
     shortened: bool
     party: Party
+    longest: float = math.inf
 
 
 @attrs.define(eq=False)
@@ -73,6 +76,7 @@ class GatewayOrchestrator:
     Everything a job holds is on its ticket, and the ticket is given back in one ``finally``.
 
     :param suspect: told of endpoints that could not be reached, so that they are probed at once.
+    :param draw: returns a number from 0 to 1, for pauses.
     """
 
     balancer: LoadBalancer
@@ -80,11 +84,16 @@ class GatewayOrchestrator:
     client: UpstreamClient
     metrics: Metrics
     suspect: Callable[[Endpoint], None]
+    draw: Callable[[], float] = random.random
     budget: RetryBudget = attrs.field(init=False)
+    _allows_for_prompts: bool = attrs.field(init=False)
+    _cool_downs: CoolDowns = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         balancing = self._balancing
         self.budget = RetryBudget(balancing.retry_budget_ratio, balancing.retry_budget_floor)
+        self._allows_for_prompts = clocks.allows_for_prompts(self.balancer.config)
+        self._cool_downs = CoolDowns(self.client.deadlines, self.admission.pump)
 
     @property
     def _streaming(self) -> StreamingConfig:
@@ -101,6 +110,8 @@ class GatewayOrchestrator:
         asked failed.
         """
         now = trio.current_time()
+        if self._allows_for_prompts and job.request.stream:
+            job = self._with_time_for_prompt(job)
         self.budget.deposit(now)
         if not any(group.is_any_left((), now) for group in job.plan.groups):
             first = job.plan.groups[0]  # to queue for it would only delay the bad news
@@ -123,6 +134,8 @@ class GatewayOrchestrator:
 
     async def _travel(self, journey: _Journey, sink: Sink) -> WholeAnswer | None:
         while True:
+            if journey.pause is not None:
+                await self._take(journey.pause, journey)
             upstream = await self._find_place(journey)
             try:
                 answer = await self._attempt(upstream, journey, sink)
@@ -131,7 +144,7 @@ class GatewayOrchestrator:
                 self._learn(upstream, failure)
                 if not self._may_go_on(journey, upstream, failure):
                     raise journey.cause(failure) from None
-                self.admission.move(journey.ticket, journey.verdict)
+                self._step_on(journey)
                 journey.verdict = Verdict.NO_OPINION
                 if failure.committed:
                     travel = partial(self._travel, journey)
@@ -139,6 +152,30 @@ class GatewayOrchestrator:
             else:
                 journey.verdict = Verdict.GOOD
                 return answer
+
+    def _step_on(self, journey: _Journey) -> None:
+        """Give up the slot: for another one, or for a pause."""
+        job = journey.job
+        if journey.pause is None:
+            journey.pause = failover.pause(job.record.attempts, job.deadline, self.draw)
+        if journey.pause is None:
+            self.admission.move(journey.ticket, journey.verdict)
+        else:
+            self.admission.step_out(journey.ticket, journey.verdict)
+
+    async def _take(self, pause: Pause, journey: _Journey) -> None:
+        record, began = journey.job.record, trio.current_time()
+        record.phase, journey.pause = Phase.BACKING_OFF, None
+        try:
+            await pause.take(journey.job.deadline)
+        except StillResting as still:
+            if journey.failure is None:
+                raise
+            journey.failure.error.retry_after = still.rest
+            raise journey.failure from None
+        finally:
+            record.upstream_wait += trio.current_time() - began
+        self.admission.come_back(journey.ticket)
 
     def refuse_if_hopeless(
         self, party: Party, key: ApiKey | None, record: RequestRecord, deadline: float
@@ -198,6 +235,7 @@ class GatewayOrchestrator:
         try:
             await self.admission.wait(ticket, within)
         except trio.TooSlowError:
+            self.metrics.timed_out("queue", journey.group.name)
             if journey.failure is not None:
                 raise journey.failure from None
             self.metrics.turned_away(ticket.queue, "timeout")
@@ -253,6 +291,8 @@ class GatewayOrchestrator:
             result = "ok"
         except UpstreamFailure as failure:
             result = _result(failure.error)
+            if failure.clock is not None:
+                self.metrics.timed_out(failure.clock, endpoint.model)
             if measurement is not None:
                 measurement.failed(failure, trio.current_time())
             raise
@@ -300,12 +340,14 @@ class GatewayOrchestrator:
         now = trio.current_time()
         if failure.cool_down is not None:
             upstream.endpoint.cool_down(failure.cool_down, now)
+            self._cool_downs.begin(upstream.endpoint)
         if failure.error.code in {"upstream_connection_error", "timeout_connect"}:
             self.suspect(upstream.endpoint)
 
     def _may_go_on(self, journey: _Journey, upstream: Upstream, failure: UpstreamFailure) -> bool:
         """Whether to ask somebody else after *failure*; if so, the journey is set on its way."""
         job, now = journey.job, trio.current_time()
+        journey.note_work(failure)
         if failure.committed:
             if self._may_continue(journey, upstream, failure, now):
                 return True
@@ -334,8 +376,21 @@ class GatewayOrchestrator:
             case Retry.AMBIGUOUS if not self._may_repeat(journey):
                 return False
         journey.tried.add(upstream.endpoint)
+        if not journey.has_somewhere_to_go(now) and not self._may_wait(journey, failure):
+            return False
         journey.aim()
-        return journey.has_somewhere_to_go(now) and self._can_afford(failure, now)
+        return self._can_afford(failure, now)
+
+    def _may_wait(self, journey: _Journey, failure: UpstreamFailure) -> bool:
+        """Whether to ask those once more that have asked to be left alone, when they have been."""
+        job, tried = journey.job, journey.tried
+        journey.pause = failover.rest(
+            failure, tried, journey.group.upstreams, job.record.attempts, job.deadline, self.draw
+        )
+        if journey.pause is None:
+            return False
+        tried.difference_update(journey.pause.rests)
+        return True
 
     def _may_continue(
         self, journey: _Journey, upstream: Upstream, failure: UpstreamFailure, now: float
@@ -395,16 +450,27 @@ class GatewayOrchestrator:
         return True
 
     def _timing(self, job: Job, own: TimeoutsConfig) -> Timing:
-        shared = self.balancer.config.performance.timeouts
-        return Timing(
-            connect=own.connect or shared.connect or _CONNECT,
-            headers=own.headers or shared.headers or math.inf,
-            first_token=own.first_token or shared.first_token or math.inf,
-            idle=own.idle or shared.idle or _IDLE,
-            total=own.total or shared.total or math.inf,
+        return clocks.timing(
+            own,
+            self.balancer.config.performance.timeouts,
+            prompt_tokens=job.request.prompt_tokens if self._allows_for_prompts else 0,
             deadline=job.deadline,
             allowed=job.allowed,
             shortened=job.shortened,
+        )
+
+    def _with_time_for_prompt(self, job: Job) -> Job:
+        extra = clocks.time_for_prompt(
+            [model.config.timeouts for group in job.plan.groups for model in group.models],
+            self.balancer.config.performance.timeouts,
+            job.request.prompt_tokens,
+        )
+        allowed = min(job.allowed + extra, max(job.allowed, job.longest))
+        return attrs.evolve(
+            job,
+            deadline=job.deadline + allowed - job.allowed,
+            allowed=allowed,
+            shortened=job.longest <= allowed,
         )
 
 
@@ -417,7 +483,9 @@ class _Journey:
     tried: set[Endpoint] = attrs.field(factory=set, init=False)
     repeated: bool = attrs.field(default=False, init=False)
     needs_fresh: bool = attrs.field(default=False, init=False)  # a connection, not an old one
+    has_been_worked_on: bool = attrs.field(default=False, init=False)
     asked_usage: bool = attrs.field(default=False, init=False)  # by our own `stream_options`
+    pause: Pause | None = attrs.field(default=None, init=False)  # before the next attempt
     failure: UpstreamFailure | None = attrs.field(default=None, init=False)
     verdict: Verdict = attrs.field(default=Verdict.NO_OPINION, init=False)  # of whom it is with
     delivered: Delivered | None = attrs.field(default=None, init=False)  # by a stream that broke
@@ -451,6 +519,16 @@ class _Journey:
             error = self.rescue.failure.error
             raise UpstreamFailure(error, Judgement(Retry.NEVER, Verdict.NO_OPINION))
         return found
+
+    def note_work(self, failure: UpstreamFailure) -> None:
+        """Once an engine may have answered, the client had better not begin from the start.
+
+        However the last attempt fails: a prompt that ends engines would end one more.
+        """
+        if failure.judgement.retry is Retry.AMBIGUOUS and not failure.stale:
+            self.has_been_worked_on = True
+        if self.has_been_worked_on:
+            failure.error.should_retry = False
 
     @property
     def later(self) -> tuple[Group, ...]:

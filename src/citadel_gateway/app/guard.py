@@ -110,6 +110,7 @@ class Findings:
     :param by: who found it: another one, with another configuration, has to look again.
     :param most: bytes that the body may have.
     :param allowed: seconds that the request may take, which the client may have *shortened*.
+    :param longest: seconds that the client said it would wait.
     :param party: whose turn it takes in a queue.
     """
 
@@ -118,6 +119,7 @@ class Findings:
     most: int
     allowed: float
     shortened: bool
+    longest: float
     tracing: Headers
     party: Party
 
@@ -194,13 +196,14 @@ class Doorkeeper:
     def examine(self, visitor: Visitor, fields: Fields) -> Findings:
         """Raises ``GatewayError`` 400, 413 or 415."""
         most = self.check_body(fields)
-        allowed, shortened = self.timeout(fields)
+        longest = self.timeout(fields)
         found = fields.findings = Findings(
             by=self,
             visitor=visitor,
             most=most,
-            allowed=allowed,
-            shortened=shortened,
+            allowed=min(longest, self._allowed),
+            shortened=longest < self._allowed,
+            longest=longest,
             tracing=tracing(fields),
             party=self.party(visitor, fields),
         )
@@ -223,11 +226,11 @@ class Doorkeeper:
             raise body_too_large(self._most_bytes)
         return self._most_bytes
 
-    def timeout(self, fields: Fields) -> tuple[float, bool]:
-        """Seconds the request may take, and whether the client shortened them."""
+    def timeout(self, fields: Fields) -> float:
+        """Seconds that the client would wait; infinity if it does not say."""
         value = fields.get(b"x-citadel-timeout")
         if value is None:
-            return self._allowed, False
+            return math.inf
         try:
             seconds = float(value)
         except ValueError:
@@ -237,7 +240,7 @@ class Doorkeeper:
                 "The header x-citadel-timeout must be a number of seconds above zero.",
                 param="x-citadel-timeout",
             )
-        return (seconds, True) if seconds < self._allowed else (self._allowed, False)
+        return seconds
 
     def party(self, visitor: Visitor, fields: Fields) -> Party:
         """Whose turn the request would take in a queue: its key's, or its client's.

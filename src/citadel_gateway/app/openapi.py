@@ -30,7 +30,11 @@ HEADERS: dict[str, Schema] = {
     "x-citadel-overhead-ms": one("number", "Time the gateway itself took, in milliseconds."),
     "retry-after": one("integer", "Whole seconds until the same request would be admitted."),
     "retry-after-ms": one("integer", "The same in milliseconds."),
-    "x-should-retry": one("string", "`false`: a retry cannot help.", enum=["true", "false"]),
+    "x-should-retry": one(
+        "string",
+        "`false`: an engine may have worked on it already, or a retry cannot help.",
+        enum=["false"],
+    ),
     "x-ratelimit-limit-requests": one("integer", "Requests that the tightest limit allows."),
     "x-ratelimit-remaining-requests": one("integer", "Requests left of it."),
     "x-ratelimit-reset-requests": one("string", "Until all of it is back, such as `1s` or `6m0s`."),
@@ -119,9 +123,10 @@ QUEUE_CODES = {"queue_full", "queue_timeout", "too_many_connections"}  # type se
 ERROR_HEADERS: dict[int, list[str]] = {
     401: ["www-authenticate"],
     405: ["allow"],
-    429: [*AGAIN, *LIMITED],
+    429: [*AGAIN, *LIMITED, "x-should-retry"],
+    500: [*ROUTED, "x-should-retry"],
     502: [*ROUTED, "x-should-retry"],
-    503: [*ROUTED, *AGAIN],
+    503: [*ROUTED, *AGAIN, "x-should-retry"],
     504: [*ROUTED, "x-should-retry"],
 }
 

@@ -125,7 +125,7 @@ class Relay:
             self.on_crash("relay", exc)
             if response.started:
                 raise ResponseAborted from exc
-            await response.error(internal_error())
+            await response.error(internal_error(executed=record.attempts > 0))
         finally:
             record.ended = trio.current_time()
             self.on_end(record)
@@ -180,6 +180,7 @@ class Relay:
             deadline=deadline,
             allowed=head.allowed,
             shortened=head.shortened,
+            longest=head.longest,
             party=head.party,
         )
 

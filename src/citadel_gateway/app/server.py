@@ -84,6 +84,7 @@ class Server:
     :param on_crash: told of exceptions that end a connection or escape the application.
     :param on_unserved: told of answers that the application did not give: status, why, to whom.
     :param inherited: a socket that listens already, and goes on doing so without us.
+    :param on_timeout: told which clock a client has let run out.
     """
 
     app: App
@@ -92,6 +93,7 @@ class Server:
     on_crash: Callable[[str, Exception], None]
     on_unserved: Callable[[int, str, str], None] = ignore
     inherited: socket.socket | None = None
+    on_timeout: Callable[[str], None] = ignore
     bound: Address | None = attrs.field(default=None, init=False)
     _connections: set[HttpConnection] = attrs.field(factory=set, init=False)
     _streams: set[Stream] = attrs.field(factory=set, init=False)
@@ -307,6 +309,7 @@ class Server:
             server=_address(_tcp(stream).socket.getsockname()),
             scheme="http" if self._tls is None else "https",
             on_unserved=partial(self._note_unserved, client),
+            on_timeout=self.on_timeout,
         )
         if not self._promises:
             connection.promise_nothing()

@@ -155,6 +155,7 @@ class UnifiedAPIGatewayService:
             client=UpstreamClient(self.pool, self.deadlines, self.pump),
             metrics=self.metrics,
             suspect=lambda endpoint: self.watch.suspect(endpoint),
+            draw=self._rng.random,
         )
         monitoring = config.monitoring
         return Generation(
@@ -313,6 +314,7 @@ class UnifiedAPIGatewayService:
                 self.note_crash,
                 self._note_unserved,
                 passed.take(API, api.host, api.port),
+                self.metrics.timed_out,
             )
         ]
         if monitoring.prometheus_port is not None:

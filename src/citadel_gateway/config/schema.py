@@ -146,7 +146,9 @@ class LoadBalancerConfig:
         "Of the turns in a queue that pass over lower classes, what they get all the same; "
         "0: none.",
     )
-    max_attempts: Count = option(Count(3), "Endpoints tried for one request.")
+    max_attempts: Count = option(
+        Count(3), "How often one request is sent, to all endpoints together."
+    )
     retry_ambiguous: RetryAmbiguous = option(
         RetryAmbiguous.STATELESS,
         "Send a request again whose first endpoint may have begun to work on it: once if it is "
@@ -181,6 +183,11 @@ class TimeoutsConfig:
     connect: Seconds | None = option(None, "TCP and TLS up; default 2.")
     headers: Seconds | None = option(None, "Request written to response head.")
     first_token: Seconds | None = option(None, "Request written to the first content of a stream.")
+    first_token_per_1k_tokens: Grace | None = option(
+        None,
+        "Added to first_token for every 1000 tokens of the prompt, as estimated, and to "
+        "request_timeout_seconds for a stream; 0: nothing.",
+    )
     idle: Seconds | None = option(None, "Between two reads of a stream; default 20.")
     total: Seconds | None = option(None, "A whole stream; unbounded by default.")
 

@@ -48,6 +48,14 @@ class Admission:
         """
         self._settle(ticket, self.waitroom.move, verdict)
 
+    def step_out(self, ticket: Ticket, verdict: Verdict) -> None:
+        """Give up the slot for a while, holding nothing; follow with :meth:`come_back`."""
+        self._settle(ticket, self.waitroom.step_out, verdict)
+
+    def come_back(self, ticket: Ticket) -> None:
+        """Want another slot after :meth:`step_out`; follow with :meth:`wait`."""
+        self.waitroom.come_back(ticket, trio.current_time())
+
     def leave(self, ticket: Ticket, verdict: Verdict) -> None:
         """Give up everything.  Total: right in every state that a ticket can be in."""
         self._settle(ticket, self.waitroom.leave, verdict)

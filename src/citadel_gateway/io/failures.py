@@ -9,7 +9,13 @@ import ssl
 
 import attrs
 
-from citadel_gateway.errors import GatewayError, gateway_exhausted, timed_out, upstream_failed
+from citadel_gateway.errors import (
+    GatewayError,
+    gateway_exhausted,
+    timed_out,
+    upstream_credentials_exhausted,
+    upstream_failed,
+)
 from citadel_gateway.io.dial import is_our_own_lack
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.retry import Judgement, Retry, judge_status
@@ -28,6 +34,7 @@ class UpstreamFailure(Exception):
     :param judgement: whether to ask elsewhere, and what it says about the endpoint.
     :param cool_down: seconds the endpoint asked to be left alone.
     :param committed: bytes of this answer have reached the client.
+    :param clock: the one that has struck, if that is what was wrong.
     :param stale: the upstream hung up on an idle connection, most likely, just as it was used.
     """
 
@@ -36,6 +43,7 @@ class UpstreamFailure(Exception):
     cool_down: float | None = None
     committed: bool = False
     stale: bool = False
+    clock: str | None = None
 
     def __str__(self) -> str:
         return self.error.message
@@ -54,26 +62,29 @@ def from_exception(exc: Exception, *, sent: bool) -> UpstreamFailure:
             return UpstreamFailure(_client_error(exc.status, exc, None), judgement)
         case Diverged():
             judgement = Judgement(Retry.NEVER, Verdict.NO_OPINION)
-            return UpstreamFailure(upstream_failed(str(exc), _PROTOCOL), judgement)
+            return UpstreamFailure(upstream_failed(str(exc), _PROTOCOL, executed=True), judgement)
         case ssl.SSLError():
-            return UpstreamFailure(upstream_failed(f"TLS failed: {exc}", _CONNECTION), judgement)
+            error = upstream_failed(f"TLS failed: {exc}", _CONNECTION, executed=sent)
+            return UpstreamFailure(error, judgement)
         case OSError() if is_our_own_lack(exc):
             judgement = Judgement(Retry.NEVER, Verdict.NO_OPINION)
             return UpstreamFailure(gateway_exhausted(), judgement)
         case OSError() if not sent:
-            error = upstream_failed(f"cannot connect: {exc}", _CONNECTION)
+            error = upstream_failed(f"cannot connect: {exc}", _CONNECTION, executed=False)
             return UpstreamFailure(error, judgement)
         case OSError() | CutShort():
-            return UpstreamFailure(upstream_failed(str(exc), _CONNECTION), judgement)
+            error = upstream_failed(str(exc), _CONNECTION, executed=sent)
+            return UpstreamFailure(error, judgement)
         case _:
-            return UpstreamFailure(upstream_failed(str(exc), _PROTOCOL), judgement)
+            error = upstream_failed(str(exc), _PROTOCOL, executed=sent)
+            return UpstreamFailure(error, judgement)
 
 
 def from_status(status: int, headers: Headers, body: bytes) -> UpstreamFailure:
     """*status* is none that carries an answer."""
     if status < 400:
         code = "upstream_redirect" if 300 <= status < 400 else _PROTOCOL
-        error = upstream_failed(f"the upstream answered with status {status}", code)
+        error = upstream_failed(f"the upstream answered with status {status}", code, executed=True)
         return UpstreamFailure(error, Judgement(Retry.AMBIGUOUS, Verdict.BAD))
     wait = first(headers, b"retry-after")
     cool_down = parse_retry_after(wait)
@@ -93,17 +104,16 @@ def from_clock(
     verdict = Verdict.NO_OPINION if final and shortened else Verdict.BAD
     retry = Retry.AMBIGUOUS if sent else Retry.SAFE
     return UpstreamFailure(
-        timed_out(clock, allowed), Judgement(Retry.NEVER if final else retry, verdict)
+        timed_out(clock, allowed, executed=sent),
+        Judgement(Retry.NEVER if final else retry, verdict),
+        clock=clock,
     )
 
 
 def _client_error(status: int, error: EngineError, retry_after: float | None) -> GatewayError:
     """What the client is told when an engine refused and nobody else answers."""
     if status in {401, 403}:
-        return upstream_failed(
-            "The upstream does not accept the gateway's credentials.",
-            "upstream_credentials_exhausted",
-        )
+        return upstream_credentials_exhausted()
     overloaded = status in {429, 503}
     return GatewayError(
         error.message,

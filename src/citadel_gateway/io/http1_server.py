@@ -52,6 +52,10 @@ class Awaited(enum.Enum):
     BODY = enum.auto()
 
 
+# That a kept connection is not used again, is nothing to count.
+_CLOCKS = {Awaited.HEAD: "client_header", Awaited.BODY: "client_body"}
+
+
 @attrs.frozen(kw_only=True)
 class ConnectionLimits:
     """Deadlines in seconds, and how many requests one connection may carry."""
@@ -71,6 +75,8 @@ class HttpConnection:
     :param on_crash: told of exceptions that the application let escape.
     :param on_unserved: told of what the application never saw: status (499: the client left
         before its turn), and why.
+    :param on_timeout: told which clock the client has let run out: ``client_header``,
+        ``client_body`` or ``client_write``.
     """
 
     app: App
@@ -84,6 +90,7 @@ class HttpConnection:
     scheme: str = "http"
     state: Message = attrs.field(factory=dict)
     on_unserved: Callable[[int, str], None] = ignore
+    on_timeout: Callable[[str], None] = ignore
     served: int = attrs.field(default=0, init=False)
     _parser: RequestParser = attrs.field(factory=RequestParser, init=False)
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
@@ -163,6 +170,8 @@ class HttpConnection:
             self.give_up()
 
     def _time_is_up(self) -> None:
+        if self._awaited in _CLOCKS:
+            self.on_timeout(_CLOCKS[self._awaited])
         if self._parser.in_head or self._parser.in_body:
             self._reject(BadRequest(408, "the request did not arrive in time"))
         self._scope.cancel(reason="the client is too slow")
@@ -372,6 +381,7 @@ class HttpConnection:
         with trio.move_on_after(self.limits.write_timeout - self._blocked) as patience:
             await self.stream.send_all(data)
         if patience.cancelled_caught:
+            self.on_timeout("client_write")
             raise trio.BrokenResourceError("the client does not read")
         self._blocked += trio.current_time() - began
         self._taken += len(data)

@@ -129,6 +129,10 @@ class Metrics:
             "citadel_gateway_breaker_transitions", "Changes of a breaker.",
             ["model", "endpoint", "to"],
         )  # fmt: skip
+        self._timeouts = Counters(
+            "citadel_gateway_timeouts", "Clocks that ran out, each time one did.",
+            ["clock", "model"],
+        )  # fmt: skip
         self._malformed = Counters(
             "citadel_gateway_malformed_events", "Events that were not JSON, dropped.",
             ["model"],
@@ -188,6 +192,15 @@ class Metrics:
         was refused at once) or ``timeout`` (it waited).
         """
         self._turned_away.labels(model, reason).inc()
+
+    def timed_out(self, clock: str, model: str = "none") -> None:
+        """Count a clock that ran out.
+
+        *clock* is one of the upstream's (``connect``, ``headers``, ``first_token``, ``idle``,
+        ``total``), ``queue``, or one of a client's (``client_header``, ``client_body``,
+        ``client_write``), which run while nobody knows its model.
+        """
+        self._timeouts.labels(clock, model).inc()
 
     def changed(self, endpoint: Endpoint, transition: Transition) -> None:
         self._transitions.labels(endpoint.model, endpoint.url, transition.after.value).inc()
@@ -282,8 +295,8 @@ class Metrics:
         return (
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
-            self._cancellations, self._rejections, self._transitions, self._malformed,
-            self._continuations, self._crashes, self._reloads,
+            self._cancellations, self._rejections, self._transitions, self._timeouts,
+            self._malformed, self._continuations, self._crashes, self._reloads,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ class Phase(enum.Enum):
     QUEUED = "queued"
     CONNECTING = "connecting"
     WAITING = "waiting"
+    BACKING_OFF = "backing_off"  # between two attempts
     STREAMING = "streaming"
     ANSWERING = "answering"
 

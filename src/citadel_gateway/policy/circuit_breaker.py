@@ -1,10 +1,11 @@
 """When to stop asking an endpoint, and when to ask again.
 
 Theory of operation.  A breaker is *closed* while its endpoint does its job.  It *opens* after a
-number of failures in a row, or when too large a share of a sliding window failed, and then
-refuses everything for a while.  When that while is over it is *half-open*: exactly one request,
-the probe, is let through, and its result closes or re-opens the breaker.  OPEN to HALF_OPEN is a
-fact about time, not an event, so nothing has to run for it and there is no timer to leak.
+number of failures in a row, or at a failure with which too large a share of a sliding window has
+failed, and then refuses everything for a while; a success never opens it.  When that while is
+over it is *half-open*: exactly one request, the probe, is let through, and its result closes or
+re-opens the breaker.  OPEN to HALF_OPEN is a fact about time, not an event, so nothing has to run
+for it and there is no timer to leak.
 
 Every transition starts a new *era*.  A permit carries the era it was given in, so a straggler
 from before the last transition says nothing about the endpoint as it is now.  A request that
@@ -157,7 +158,8 @@ class CircuitBreaker:
             self._trips = 0
         if permit.probe:
             return self._move(State.CLOSED, "probe succeeded", now)
-        return self._weigh(now, failed=False)
+        self._window.add(now, failed=False)
+        return None
 
     def _bad(self, permit: Permit, now: float) -> Transition | None:
         self._failures += 1
@@ -166,10 +168,7 @@ class CircuitBreaker:
             return self._trip("probe failed", now)
         if self._failures >= self.policy.threshold:
             return self._trip("consecutive failures", now)
-        return self._weigh(now, failed=True)
-
-    def _weigh(self, now: float, *, failed: bool) -> Transition | None:
-        total, bad = self._window.add(now, failed=failed)
+        total, bad = self._window.add(now, failed=True)
         if total >= self.policy.min_requests and bad >= total * self.policy.failure_ratio:
             return self._trip("failure ratio", now)
         return None

@@ -15,7 +15,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from heapq import heapify, heappop, heapreplace
-from typing import TypeAlias
 
 import attrs
 
@@ -31,8 +30,6 @@ __all__ = ["Choice", "Displaced", "Full", "Nobody", "Refused", "Ticket", "TooLon
 
 _REMEMBERED = 60.0  # seconds that counters outlive the last one who waited
 _MOST_RESTING = 256
-
-_Bid: TypeAlias = "tuple[int, bool, float, int, int, Line, Ticket]"
 
 
 @attrs.define(eq=False)
@@ -81,25 +78,34 @@ class Waitroom:
         A request that failed over keeps its age: it does not queue behind those that came later.
         One that never had a slot is as good as new, and may be refused: raises :class:`Refused`.
         """
+        transition = self.step_out(ticket, verdict, now)
+        self.come_back(ticket, now)
+        return transition
+
+    def step_out(self, ticket: Ticket, verdict: Verdict, now: float) -> Transition | None:
+        """Give up slot and seat, and stand in no line until :meth:`come_back`."""
         slot = ticket.outcome
         self._stand_up(ticket, now)
         ticket.outcome = None
-        if not isinstance(slot, Slot) and not ticket.returning:
-            self.enter(ticket, now)
+        if not isinstance(slot, Slot):
             return None
         ticket.returning = True
-        transition = slot.close(verdict, now) if isinstance(slot, Slot) else None
+        return slot.close(verdict, now)
+
+    def come_back(self, ticket: Ticket, now: float) -> None:
+        """Want another slot; raises as :meth:`move`."""
+        if not ticket.returning:
+            self.enter(ticket, now)
+            return
         ticket.outcome = self._place(ticket, now) if self.taken < self.seats else None
         if ticket.outcome is None:
             self._line_of(ticket, now).push(ticket, None)
-        return transition
 
     def leave(self, ticket: Ticket, verdict: Verdict, now: float) -> Transition | None:
         """Give up whatever *ticket* holds, in whatever state it is.  :meth:`pump` afterwards."""
         slot = ticket.outcome
         if slot is None:
             self._dequeue(ticket, now)
-            return None
         self._stand_up(ticket, now)
         if ticket.bill is not None:
             ticket.bill.close()
@@ -110,7 +116,7 @@ class Waitroom:
         called, self.displaced = self.displaced, []
         if not self._lines or self.taken >= self.seats:
             return called
-        bids = [_bid(line) for line in self._lines.values()]
+        bids = [line.bid() for line in self._lines.values()]
         heapify(bids)
         stuck: list[Line] = []  # whom nobody can take
         rank = math.inf  # of the most urgent who was placed
@@ -128,7 +134,7 @@ class Waitroom:
             else:
                 self._dequeue(ticket, now)
             if line.depth:
-                heapreplace(bids, _bid(line))
+                heapreplace(bids, line.bid())
             else:
                 heappop(bids)
         for line in (*stuck, *(bid[-2] for bid in bids)):
@@ -249,12 +255,3 @@ class Waitroom:
             self._house.quit(ticket.bill.house)
         line.remove(ticket)
         self._rest_if_empty(ticket.group, line, now)
-
-
-def _bid(line: Line) -> _Bid:
-    """How the head of *line* compares with others; the lowest goes first."""
-    ticket, urgency = line.first(), line.urgency()
-    if ticket.returning or ticket.bill is None:
-        return urgency, False, 0.0, 0, ticket.serial, line, ticket
-    house = ticket.bill.house
-    return urgency, True, house.counter, house.turn, ticket.serial, line, ticket
