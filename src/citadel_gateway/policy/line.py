@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from heapq import heapify, heappop, heappush
+from typing import TypeAlias
 
 import attrs
 
@@ -11,6 +12,8 @@ from citadel_gateway.policy.fair_queue import FairQueue
 from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.ticket import Bill, Ticket
 from citadel_gateway.policy.virtual_tokens import Account
+
+Bid: TypeAlias = "tuple[int, bool, float, int, int, Line, Ticket]"
 
 _DUE = 1 - 1e-9  # a turn; tenths of it do not add up to one exactly
 
@@ -113,6 +116,14 @@ class Line:
     def urgency(self) -> int:
         """The rank with which it competes with other lines; the lower, the sooner its turn."""
         return -1 if self.owed >= _DUE else self._ranks[0]
+
+    def bid(self) -> Bid:
+        """How its head compares with others; the lowest goes first."""
+        ticket, urgency = self.first(), self.urgency()
+        if ticket.returning or ticket.bill is None:
+            return urgency, False, 0.0, 0, ticket.serial, self, ticket
+        house = ticket.bill.house
+        return urgency, True, house.counter, house.turn, ticket.serial, self, ticket
 
     def serve(self, ticket: Ticket) -> None:
         """*ticket* has its turn; it is charged what it may cost."""

@@ -15,7 +15,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from heapq import heapify, heappop, heapreplace
-from typing import TypeAlias
 
 import attrs
 
@@ -31,8 +30,6 @@ __all__ = ["Choice", "Displaced", "Full", "Nobody", "Refused", "Ticket", "TooLon
 
 _REMEMBERED = 60.0  # seconds that counters outlive the last one who waited
 _MOST_RESTING = 256
-
-_Bid: TypeAlias = "tuple[int, bool, float, int, int, Line, Ticket]"
 
 
 @attrs.define(eq=False)
@@ -105,12 +102,24 @@ class Waitroom:
             ticket.bill.close()
         return slot.close(verdict, now) if isinstance(slot, Slot) else None
 
+    def spare(self, ticket: Ticket, now: float) -> Slot | None:
+        """Give *ticket* a slot that is free and that nobody waits for; it neither queues nor pays.
+
+        For a second attempt beside the one that has its request's own ticket.
+        """
+        if self.taken >= self.seats or self.depth(ticket.queue):
+            return None
+        ticket.outcome = slot = self._place(ticket, now)
+        if ticket.pace is not None:
+            ticket.pace.unbilled.pop(ticket)
+        return slot if isinstance(slot, Slot) else None
+
     def pump(self, now: float) -> list[Ticket]:
         """Place whoever can be placed; returns those whose ``outcome`` is now known."""
         called, self.displaced = self.displaced, []
         if not self._lines or self.taken >= self.seats:
             return called
-        bids = [_bid(line) for line in self._lines.values()]
+        bids = [line.bid() for line in self._lines.values()]
         heapify(bids)
         stuck: list[Line] = []  # whom nobody can take
         rank = math.inf  # of the most urgent who was placed
@@ -128,7 +137,7 @@ class Waitroom:
             else:
                 self._dequeue(ticket, now)
             if line.depth:
-                heapreplace(bids, _bid(line))
+                heapreplace(bids, line.bid())
             else:
                 heappop(bids)
         for line in (*stuck, *(bid[-2] for bid in bids)):
@@ -249,12 +258,3 @@ class Waitroom:
             self._house.quit(ticket.bill.house)
         line.remove(ticket)
         self._rest_if_empty(ticket.group, line, now)
-
-
-def _bid(line: Line) -> _Bid:
-    """How the head of *line* compares with others; the lowest goes first."""
-    ticket, urgency = line.first(), line.urgency()
-    if ticket.returning or ticket.bill is None:
-        return urgency, False, 0.0, 0, ticket.serial, line, ticket
-    house = ticket.bill.house
-    return urgency, True, house.counter, house.turn, ticket.serial, line, ticket
