@@ -331,6 +331,7 @@ class GatewayOrchestrator:
         """Another endpoint that has room now: a hedge waits for nothing, and nobody for it."""
         now, model, group = trio.current_time(), first.endpoint.model, journey.group
         record = journey.job.record
+        journey.hedged = True
         choose = partial(group.spare, model, {*journey.tried, first.endpoint})
         ticket = Ticket(group.name, group, choose)
         slot = self.admission.spare(ticket)
@@ -341,7 +342,7 @@ class GatewayOrchestrator:
             self.admission.leave(ticket, Verdict.NO_OPINION)
             self._note_hedge(record, model, HedgeResult.NO_BUDGET)
             return None
-        journey.hedged = journey.repeated = True
+        journey.repeated = True
         return self._runner(group.upstreams[slot.endpoint], journey, ticket, waited=now - began)
 
     def _go_on_with_the_other(
@@ -517,7 +518,7 @@ class _Journey:
     verdict: Verdict = attrs.field(default=Verdict.NO_OPINION, init=False)  # of whom it is with
     delivered: Delivered | None = attrs.field(default=None, init=False)  # by a stream that broke
     rescue: Rescue | None = attrs.field(default=None, init=False)
-    hedged: bool = attrs.field(default=False, init=False)  # two were asked at once, already
+    hedged: bool = attrs.field(default=False, init=False)  # it was time to ask a second, once
     group: Group = attrs.field(init=False)
     ticket: Ticket = attrs.field(init=False)
 
