@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.loader import parse
 from citadel_gateway.policy.circuit_breaker import State
 from tests.support import scripted_engine as engines
 from tests.support.canonical_engine import Canonical, stream
 from tests.support.gateway import (
     CHAT,
+    CapturedLog,
     World,
     chat,
     endpoint,
@@ -25,8 +28,15 @@ from tests.support.gateway import (
     words,
 )
 from tests.support.ledger import total
-from tests.support.raw_client import RawResponse, http_request
-from tests.support.scripted_engine import Script, close, hang, sleep
+from tests.support.raw_client import RawClient, RawResponse, http_request
+from tests.support.scripted_engine import (
+    Script,
+    ScriptedEngine,
+    close,
+    hang,
+    serve_tcp,
+    sleep,
+)
 
 AFTER = 0.5
 TOKENS = ("The", " sea", " was", " calm", ".")
@@ -558,3 +568,53 @@ async def test_a_reload_keeps_what_was_measured(autojump_clock: MockClock) -> No
 
         assert hedging is not None
         assert hedging.after(trio.current_time()) == pytest.approx(0.25)
+
+
+# --- over sockets ----------------------------------------------------------------------------
+
+
+async def test_crowds_over_sockets_are_each_answered_by_one_engine_and_leave_nothing() -> None:
+    """One engine of three never says a word; some clients leave before theirs has."""
+    quick = engines.stream_chat(["one", "."], gap=0.01)
+    fleet_of = [ScriptedEngine(default=Script([hang()]))]
+    fleet_of += [ScriptedEngine(default=Script([sleep(0.02), *quick.steps])) for _ in range(2)]
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            ports = [await serve_tcp(engine, nursery) for engine in fleet_of]
+            log = CapturedLog()
+            config = {
+                "service": {"host": "127.0.0.1", "port": 0},
+                "monitoring": {"prometheus_port": None},
+                "load_balancer": {"retry_budget_floor": 1000},
+                "models": {
+                    "m": {
+                        "endpoints": [{"url": f"http://127.0.0.1:{port}"} for port in ports],
+                        "hedge": True,
+                        "hedge_after": 0.1,
+                    }
+                },
+            }
+            service = UnifiedAPIGatewayService(parse(config), log=log)
+            address = await nursery.start(partial(service.run, handle_signals=False))
+
+            async def ask(number: int) -> RawResponse | None:
+                async with await RawClient.connect(address.port) as client:
+                    await client.send(http_request("POST", CHAT, chat("m", stream=True)))
+                    if number % 7 == 0:
+                        await trio.sleep(0.005 * (number % 5) + 0.09)
+                        return None
+                    return await client.read_response("POST")
+
+            answers = await gather(*[partial(ask, number) for number in range(60)])
+            while service.admission.waitroom.taken:
+                await trio.lowlevel.checkpoint()
+            silent = fleet_of[0]
+            await silent.wait_until(lambda: silent.in_flight == 0)
+            nursery.cancel_scope.cancel()
+
+    told = [words(answer) for answer in answers if answer is not None]
+    assert told == ["one."] * 51
+    assert len(silent.posts) >= 20
+    outcomes = Counter(line["outcome"] for line in log.lines if line["event"] == "request")
+    assert outcomes["ok"] + outcomes["client_closed"] == 60
+    assert {"crash", "breaker"}.isdisjoint(line["event"] for line in log.lines)

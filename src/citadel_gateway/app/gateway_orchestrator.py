@@ -331,6 +331,8 @@ class GatewayOrchestrator:
         """Another endpoint that has room now: a hedge waits for nothing, and nobody for it."""
         now, model, group = trio.current_time(), first.endpoint.model, journey.group
         record = journey.job.record
+        if now >= journey.job.deadline:
+            return None
         journey.hedged = True
         choose = partial(group.spare, model, {*journey.tried, first.endpoint})
         ticket = Ticket(group.name, group, choose)
