@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from tests.support.gateway import (
 from tests.support.ledger import total
 from tests.support.raw_client import RawClient, RawResponse, http_request
 from tests.support.scripted_engine import (
+    LedgerEntry,
     Script,
     ScriptedEngine,
     close,
@@ -263,7 +265,8 @@ async def test_the_first_goes_on_when_the_second_fails(autojump_clock: MockClock
 async def test_when_both_refuse_a_third_is_asked(
     autojump_clock: MockClock, first_to_fail: float
 ) -> None:
-    async with running_gateway(hedged("a", "b", "c", "d")) as world:
+    config = hedged("a", "b", "c", "d", load_balancer={"max_attempts": 5})
+    async with running_gateway(config) as world:
         world.engines["a"].default = refuses(503, after=first_to_fail)
         world.engines["b"].default = refuses(503, after=0.5)
         world.engines["c"].default = says("three", 2.0)
@@ -273,6 +276,51 @@ async def test_when_both_refuse_a_third_is_asked(
         assert asked(world) == ["a", "b", "c"]
         assert response.header("x-citadel-attempts") == "3"
         assert await hedges(world) == {"failed": 1}
+
+
+async def test_neither_of_two_that_refuse_is_asked_again(autojump_clock: MockClock) -> None:
+    async with running_gateway(hedged("a", "b")) as world:
+        world.engines["a"].default = refuses(503, after=0.6)
+        world.engines["b"].default = refuses(503, after=0.5)
+
+        assert (await world.ask("m", stream=True)).status == 503
+        assert asked(world) == ["a", "b"]
+
+
+async def test_who_has_refused_is_not_asked_as_the_second(autojump_clock: MockClock) -> None:
+    async with running_gateway(hedged("a", "b")) as world:
+        world.engines["a"].default = refuses(404)
+        world.engines["b"].default = says("two", 2.0)
+
+        assert words(await world.ask("m", stream=True)) == "two."
+        assert asked(world) == ["a", "b"]
+        assert await hedges(world) == {"no_room": 1}
+
+
+async def test_of_two_one_of_which_refused_only_the_other_was_executed(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_gateway(hedged("a", "b", "c")) as world:
+        world.engines["a"].default = refuses(503, after=0.7)
+        world.engines["b"].default = refuses(500, after=0.7)
+        world.engines["c"].default = says("three", 0.1)
+
+        assert words(await world.ask("m", stream=True)) == "three."
+        assert asked(world) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("first_fails_at", [0.7, 3.0], ids=["first", "second"])
+async def test_who_asks_to_be_left_alone_is_left_alone(
+    autojump_clock: MockClock, first_fails_at: float
+) -> None:
+    async with running_gateway(hedged("a", "b", "c")) as world:
+        world.engines["a"].default = refuses(503, after=first_fails_at)
+        busy = engines.status(429, b"{}", [("retry-after", "30")])
+        world.engines["b"].default = Script([sleep(0.7), *busy.steps])
+        await world.ask("m", stream=True)
+
+        assert world.endpoint("b").available_in(trio.current_time()) > 20
+        assert world.endpoint("a").available_in(trio.current_time()) < 2
 
 
 async def test_what_may_have_been_executed_twice_is_not_sent_a_third_time(
@@ -330,7 +378,30 @@ async def test_both_are_bound_by_the_deadline_of_the_request(autojump_clock: Moc
         assert [e.posts[0].client_left_at for e in world.engines.values()] == [began + 2.0] * 2
 
 
-async def test_an_engine_that_refuses_our_options_is_remembered(autojump_clock: MockClock) -> None:
+async def test_nobody_is_asked_when_the_deadline_has_come(autojump_clock: MockClock) -> None:
+    config = hedged(
+        "a", "b", model={"hedge_after": 2.0}, performance={"request_timeout_seconds": 2.0}
+    )
+    async with running_gateway(config) as world:
+        world.engines["a"].default = Script([hang()])
+        for _ in range(5):
+            await world.ask("m", stream=True)
+
+        assert await hedges(world) == {}
+        assert len(world.posts) == 5
+
+
+async def test_an_engine_that_refuses_our_options_is_asked_without_them(
+    autojump_clock: MockClock,
+) -> None:
+    error = b'{"error": {"message": "stream_options: extra fields not permitted"}}'
+    async with running_gateway(hedged("a")) as world:
+        world.engines["a"].scripts.append(engines.status(400, error))
+
+        assert words(await world.ask("m", stream=True)) == "ok"
+
+
+async def test_a_second_that_refuses_our_options_is_remembered(autojump_clock: MockClock) -> None:
     error = b'{"error": {"message": "stream_options: extra fields not permitted"}}'
     async with running_gateway(hedged("a", "b")) as world:
         world.engines["a"].default = says("one", 1.0)
@@ -506,6 +577,38 @@ async def test_a_first_that_wins_and_breaks_is_continued_elsewhere(
         assert asked(world) == ["a", "b", "b"]  # it had lost, and was not at fault
 
 
+async def test_what_goes_on_with_a_broken_stream_is_not_hedged(autojump_clock: MockClock) -> None:
+    engine = Canonical(TOKENS, "vllm")
+    config = hedged("a", "b", "c", model={"engine": "vllm"})
+    async with running_gateway(config) as world:
+        world.engines["a"].default = engine.breaks("one", 3)
+
+        def late(entry: LedgerEntry) -> Script:
+            return Script([sleep(2.0), *engine.answer("two")(entry).steps])
+
+        world.engines["b"].default = world.engines["c"].default = late
+
+        assert words(await world.ask("m", stream=True)) == engine.text
+        assert asked(world) == ["a", "b"]
+
+
+async def test_the_winners_first_token_tells_how_much_its_endpoint_can_take(
+    autojump_clock: MockClock,
+) -> None:
+    config = hedged("a", "b", model={"adaptive_concurrency": True})
+    async with running_gateway(config) as world:
+        world.engines["a"].default = Script([hang()])
+        world.engines["b"].default = says("two", 0.2)
+        await world.ask("m", stream=True)
+
+        measured = []
+        for name in "ab":
+            adaptive = world.endpoint(name).adaptive
+            assert adaptive is not None
+            measured.append(list(adaptive._at_rest.values()))
+        assert measured == [[], [pytest.approx(0.2, rel=0.2)]]
+
+
 async def test_comments_to_who_waits_go_on_while_two_are_asked(autojump_clock: MockClock) -> None:
     streaming = {"keep_alive_before_first_token": 0.2}
     async with running_gateway(hedged("a", "b", streaming=streaming)) as world:
@@ -553,6 +656,21 @@ async def test_when_it_is_time_is_measured(autojump_clock: MockClock) -> None:
         assert (words(response), host(response)) == ("x.", "a")
         assert await hedges(world) == {"won": 1}
         assert world.engines["a"].posts[-1].received_at == pytest.approx(began + 0.3)
+
+
+async def test_only_attempts_that_were_the_first_are_measured(autojump_clock: MockClock) -> None:
+    async with running_gateway(hedged("a", "b")) as world:
+        hedging = world.service.balancer.models["m"].hedging
+        assert hedging is not None
+        seen = hedging._seen._by_length
+        world.engines["a"].scripts.extend([says("one", 0.4), says("one", 0.7), Script([hang()])])
+        world.engines["a"].scripts.extend([refuses(500, after=0.7), refuses(503)])
+        world.engines["b"].default = says("two", 0.3)
+        while len(world.engines["a"].posts) < 5:
+            await world.ask("m", stream=True)
+            world.endpoint("b").cool_down(2.0, trio.current_time())  # let a be first
+
+        assert [round(each, 3) for each in seen if each != 0.3] == [0.4, 0.7, math.inf, math.inf]
 
 
 async def test_a_reload_keeps_what_was_measured(autojump_clock: MockClock) -> None:

@@ -47,8 +47,7 @@ class Runner(Generic[J]):
     is_over: bool = attrs.field(default=False, init=False)
 
     def call_off(self) -> None:
-        """Let its endpoint know at once that nobody waits for it."""
-        self.record.hang_up()
+        """Nobody waits for it any more, which its endpoint learns at once."""
         self.scope.cancel(reason="another attempt was quicker")
 
 
@@ -230,7 +229,6 @@ class _RunnerSink(Generic[J]):
         if not race.commit(self.runner):
             await trio.sleep_forever()  # the cancellation is on its way
         await race.sink.start(data)
-        race.record.on_commit = None
         self.runner.record.committed = race.record.committed
 
     async def write(self, data: bytes) -> None:
