@@ -170,7 +170,7 @@ class _Draw:
         ]
         config = self.config(names, hosts)
         keys = [key["id"] for key in config["security"]["api_keys"]]
-        return Scenario(
+        scenario = Scenario(
             seed=seed,
             config=config,
             hosts=tuple(hosts),
@@ -180,6 +180,8 @@ class _Draw:
             send_buffer=rng.choice([4608, 8192, 65536]),
             reports=rng.random() < 0.05,
         )
+        self.hedge(config)
+        return scenario
 
     # The fleet.
 
@@ -294,6 +296,15 @@ class _Draw:
             "context_window": rng.choice([2000, 4000, 8000]),
             "timeouts": self.clocks(),
         }
+
+    def hedge(self, config: dict[str, Any]) -> None:
+        """Let some models hedge, mostly after a fixed time: few runs are long enough to measure."""
+        rng = self.rng
+        for model in config["models"].values():
+            if len(model["endpoints"]) > 1 and rng.random() < 0.6:
+                model["hedge"] = True
+                model["hedge_after"] = rng.choice([0.02, 0.05, 0.1, 0.3, 1.0, None])
+                config["load_balancer"]["retry_ambiguous"] = "stateless"
 
     def clocks(self) -> dict[str, float]:
         rng = self.rng

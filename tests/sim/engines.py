@@ -19,6 +19,8 @@ from tests.sim.speech import Event, Said
 from tests.sim.wires import GatewayEnd, Wire, wire_pair
 from tests.support.raw_client import parse_head, take_until
 
+_COMMITS = {Said.CONTENT, Said.FINISH}
+
 
 @attrs.define(eq=False)
 class Job:
@@ -28,6 +30,7 @@ class Job:
     :param reused: over a connection that had carried another one before.
     :param events: sent, and complete.
     :param body: the whole answer, once it was sent; none of a stream.
+    :param content_at: when the first event was sent that commits a stream.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Job:
     spoke: bool = False
     events: list[Event] = attrs.field(factory=list)
     body: bytes | None = None
+    content_at: float | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -55,6 +59,11 @@ class Job:
             return self.body is not None
         said = [event.said for event in self.events]
         return said.count(Said.FINISH) == self.choices and Said.ERROR not in said
+
+    def say(self, events: tuple[Event, ...], now: float) -> None:
+        self.events += events
+        if self.content_at is None and any(e.said in _COMMITS for e in events):
+            self.content_at = now
 
     def settle(self, end: End, now: float) -> None:
         """Only the first end counts."""
@@ -270,7 +279,7 @@ class Engine:
                         self._settle(job, end)
                     await wire.send_all(data)
                     job.spoke = True
-                    job.events += events
+                    job.say(events, trio.current_time())
                     if end is End.ANSWERED:
                         job.body = job.script.body
                 case Pause(seconds):

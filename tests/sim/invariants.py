@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import orjson
@@ -119,6 +119,10 @@ def metrics_and_log_agree(run: Run) -> Iterator[str]:
     tried = sum(_by(run, "citadel_gateway_attempts_total", "endpoint").values())
     if attempts != tried:
         yield f"attempts: {attempts} in the log, {tried} counted"
+    hedges = Counter(line["hedge"] for _, line in _requests(run) if "hedge" in line)
+    hedged = _by(run, "citadel_gateway_hedges_total", "result")
+    if hedges != hedged:
+        yield f"hedges: {_difference(hedges, hedged)}"
     left = sum(_by(run, "citadel_gateway_cancellations_total", "phase").values())
     if left != logged["client_closed"]:
         yield f"cancellations: {logged['client_closed']} in the log, {left} counted"
@@ -347,9 +351,9 @@ def retries_stay_within_their_budget(run: Run) -> Iterator[str]:
     balancing = run.config["load_balancer"]
     ratio, floor = balancing["retry_budget_ratio"], balancing["retry_budget_floor"]
     retries = sorted(
-        before.ended
+        min(before.ended, after.began)  # of a hedge, the one that it is beside goes on
         for jobs in _by_request(run).values()
-        for before, _ in pairwise(jobs)
+        for before, after in pairwise(jobs)
         if before.ended is not None and not (_is_stale(before) or before.refused_usage)
     )
     arrivals = sorted(when - duration for when, duration, _ in _finished(run))
@@ -360,6 +364,39 @@ def retries_stay_within_their_budget(run: Run) -> Iterator[str]:
         earned = bisect_right(arrivals, at) - bisect_left(arrivals, at - 14.0)
         if spent > ratio * earned + 10 * floor + 1:
             yield f"{spent} retries in the 9 s before {at:g}, for {earned} requests"
+
+
+@invariant
+def two_work_for_one_request_only_as_a_hedge(run: Run) -> Iterator[str]:
+    """A second engine is asked beside the first once, where and when that is configured.
+
+    It is another one of the same model, and as soon as one of them has content, the other is let
+    go.
+    """
+    asked = {seen.id: seen for seen in run.seen}
+    models = {host.host: host.model for host in run.scenario.hosts}
+    for name, jobs in _by_request(run).items():
+        pairs = [pair for pair in combinations(jobs, 2) if _overlap(*pair)]
+        if len(pairs) > 1:
+            yield f"{name} is with more than two: {[[a.name, b.name] for a, b in pairs]}"
+        for first, second in pairs:
+            names, plan = f"{first.name} and {second.name}", asked[name].plan
+            model = run.config["models"][models[first.host]]
+            if not model.get("hedge") or not plan.stream or plan.body.get("store"):
+                yield f"{names} work for {name}, which is not to be hedged"
+            if first.host == second.host or models[first.host] != models[second.host]:
+                yield f"{names} work for {name}"
+            # Whose connection takes its time comes later than it was asked.
+            latency = max(run.fleet.engines[job.host].plan.latency for job in (first, second))
+            soonest = (model.get("hedge_after") or 0.05) - latency
+            if second.began - first.began < soonest - _SAME:
+                early = second.began - first.began
+                yield f"{names} work for {name}, the second after {early:g} s already"
+            content = [job.content_at for job in (first, second) if job.content_at is not None]
+            until = min(_over(first), _over(second))
+            if content and until > min(content) + _SAME:
+                late = until - min(content)
+                yield f"{names} both work for {name}, {late:g} s after its first word"
 
 
 @invariant
@@ -649,6 +686,10 @@ def _was_heard(run: Run, job: Job) -> bool:
     is_late = job.ended > seen.began + allowed - 0.001
     has_left = seen.fate is Fate.LEFT and seen.ended <= job.ended + _SAME
     return not (is_late or has_left)
+
+
+def _overlap(first: Job, second: Job) -> bool:
+    return second.began < _over(first) - _SAME and first.began < _over(second) - _SAME
 
 
 def _over(job: Job) -> float:

@@ -19,6 +19,7 @@ import trio
 from citadel_gateway.app.client_response import ClientResponse
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, _Journey
 from citadel_gateway.app.guard import Doorkeeper
+from citadel_gateway.app.hedging import Race, Runner
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.relay import Relay
 from citadel_gateway.io import attempt
@@ -246,6 +247,39 @@ def caller_mistakes_retried(from_status: Original, *args: Any) -> Any:
     failure = from_status(*args)
     failure.judgement = attrs.evolve(failure.judgement, retry=Retry.SAFE)
     return failure
+
+
+# Hedges.
+
+
+@bug("of two attempts at a stream, the one that has lost goes on", Runner, "call_off")
+def loser_not_called_off(_: Original, self: Runner[Any]) -> None:
+    """Nothing."""
+
+
+@bug("the second attempt keeps its slot when it has lost or failed", Race, "_end")
+def hedge_slot_leaked(end: Original, self: Race[Any], runner: Any) -> None:
+    if runner is self.leader:
+        end(self, runner)
+    else:
+        runner.is_over = True
+
+
+@bug("both attempts at a stream reach its client", Race, "commit")
+def nobody_wins(_: Original, self: Race[Any], runner: Any) -> bool:
+    self._let_lead(runner)
+    return True
+
+
+@bug("a hedge is not paid for by the retry budget", GatewayOrchestrator, "_find_second")
+def hedges_are_free(find: Original, self: GatewayOrchestrator, *args: Any) -> Any:
+    with mock.patch.object(RetryBudget, "withdraw", return_value=True):
+        return find(self, *args)
+
+
+@bug("what may have been executed is hedged again and again", GatewayOrchestrator, "_may_hedge")
+def hedged_without_end(_: Original, self: GatewayOrchestrator, journey: Any) -> bool:
+    return True
 
 
 # Connections.

@@ -25,7 +25,7 @@ QUICKLY_FOUND = [
     "slot_kept_on_cancel", "ticket_leaked_on_timeout", "connection_leaked", "breaker_never_closes",
     "cool_down_ignored", "cap_off_by_one", "seats_off_by_one", "cut_passed_off_as_whole",
     "event_lost", "ambiguous_repeated", "tried_forgotten", "departure_unnoticed",
-    "deadline_lost", "counted_twice", "outcome_lost",
+    "deadline_lost", "counted_twice", "outcome_lost", "loser_not_called_off", "hedge_slot_leaked",
 ]  # fmt: skip
 
 

@@ -385,6 +385,14 @@ def test_an_endpoint_may_adapt_otherwise_than_its_model() -> None:
              "models.m.endpoints[2].min_concurrent: 9 is more than max_concurrent, 2"],
         ),
         (
+            with_model(hedge_after=0.5),
+            ["models.m.hedge_after: needs `hedge: true`"],
+        ),
+        (
+            {**with_model(hedge=True), "load_balancer": {"retry_ambiguous": "never"}},
+            ["models.m.hedge: sends requests twice, which retry_ambiguous: never rules out"],
+        ),
+        (
             with_model(fallbacks=["m", "n"]),
             ["models.m.fallbacks[0]: a model cannot be its own fallback",
              "models.m.fallbacks[1]: 'n' is not a model; models: m"],

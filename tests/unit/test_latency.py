@@ -62,3 +62,13 @@ def test_it_lies_between_the_last_answer_and_the_slowest(
     slowest = max(latency for latency, _ in answers)
     assert answers[-1][0] <= ewma.value * (1 + 1e-9) + 1e-9
     assert ewma.value <= slowest * (1 + 1e-9)
+
+
+def test_who_was_not_waited_for_was_at_least_so_slow() -> None:
+    ewma = PeakEwma()
+    ewma.observe(1.0, 0.0)
+
+    ewma.at_least(0.5, 1.0)
+    assert ewma.value == 1.0
+    ewma.at_least(2.0, 1.0)
+    assert ewma.value == 2.0

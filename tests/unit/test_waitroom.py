@@ -615,3 +615,69 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(deadline=None, derandomize=True, max_examples=120)
+
+
+# --- second attempts -------------------------------------------------------------------------
+
+
+def test_a_second_attempt_has_a_seat_and_a_slot_of_its_own() -> None:
+    room, a, b = Waitroom(9, 9), endpoint("a"), endpoint("b")
+    enter(room, ticket(a))
+    second = ticket(b)
+
+    slot = room.spare(second, 1.0)
+    assert (slot is second.outcome, where(second), room.taken, b.in_flight) == (True, "b", 2, 1)
+
+    room.leave(second, NO_OPINION, 2.0)
+    assert (room.taken, b.in_flight) == (1, 0)
+
+
+def test_a_second_attempt_neither_queues_nor_takes_a_seat_that_is_not_there() -> None:
+    room, a, b = Waitroom(2, 9), endpoint("a"), endpoint("b")
+    enter(room, ticket(a), full := ticket(b))
+    assert room.spare(ticket(b), 1.0) is None
+
+    room.leave(full, GOOD, 1.0)
+    enter(room, ticket(a))  # which is full, so it waits
+    assert room.spare(ticket(b, queue="m"), 1.0) is None
+    assert room.depth("m") == 1
+
+    second = room.spare(ticket(b, queue="another"), 1.0)
+    assert second is not None
+    assert room.spare(ticket(endpoint("c"), queue="another"), 1.0) is None
+
+
+def test_a_second_attempt_that_found_nobody_may_be_left_all_the_same() -> None:
+    room, a = Waitroom(9, 9), endpoint()
+    enter(room, ticket(a))
+    second = ticket(a)
+
+    assert room.spare(second, 1.0) is None
+    room.leave(second, NO_OPINION, 1.0)
+    assert (room.taken, a.in_flight) == (1, 1)
+
+
+def test_two_attempts_exchange_their_slots() -> None:
+    room, a, b = Waitroom(9, 9), endpoint("a", threshold=1), endpoint("b", threshold=1)
+    enter(room, first := ticket(a))
+    room.spare(second := ticket(b), 1.0)
+
+    first.swap(second)
+    assert (where(first), where(second)) == ("b", "a")
+
+    room.leave(second, BAD, 2.0)
+    assert (a.in_flight, b.in_flight) == (0, 1)
+    assert (a.breaker.state(2.0), b.breaker.state(2.0)) == (State.OPEN, State.CLOSED)
+    room.leave(first, GOOD, 3.0)
+    assert (room.taken, b.in_flight) == (0, 0)
+
+
+def test_a_request_that_is_with_two_is_charged_once() -> None:
+    room, a, b = Waitroom(9, 9), endpoint("a"), endpoint("b")
+    enter(room, first := ticket(a, party=A, prompt=30))
+    room.spare(second := ticket(b, party=A, prompt=30), 1.0)
+
+    enter(room, ticket(a, party=B))  # somebody has to wait: those who hold slots are charged
+
+    assert first.bill is not None
+    assert second.bill is None

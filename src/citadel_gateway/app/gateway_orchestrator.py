@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import trio
 
 from citadel_gateway.app import clocks, failover
 from citadel_gateway.app.failover import Pause, StillResting
+from citadel_gateway.app.hedging import Race, Runner
 from citadel_gateway.app.load_balancer import Group, LoadBalancer, Plan, Upstream
 from citadel_gateway.app.measuring import Measurement
 from citadel_gateway.app.rescue import Rescue, is_worth_continuing
@@ -37,6 +39,7 @@ from citadel_gateway.io.upstream import UpstreamClient, WholeAnswer
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.circuit_breaker import Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
+from citadel_gateway.policy.hedging import HedgeResult, Hedging
 from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.retry import Judgement, Retry, RetryBudget
 from citadel_gateway.policy.waitroom import Choice, Displaced, Nobody, Refused, Ticket, TooLong
@@ -138,8 +141,12 @@ class GatewayOrchestrator:
                 await self._take(journey.pause, journey)
             upstream = await self._find_place(journey)
             try:
-                answer = await self._attempt(upstream, journey, sink)
+                if upstream.hedging is None:
+                    answer = await self._attempt(upstream, journey, sink)
+                else:
+                    answer = await self._attempt_or_two(upstream, upstream.hedging, journey, sink)
             except UpstreamFailure as failure:
+                upstream = journey.upstream
                 journey.verdict = failure.judgement.verdict
                 self._learn(upstream, failure)
                 if not self._may_go_on(journey, upstream, failure):
@@ -298,11 +305,103 @@ class GatewayOrchestrator:
             raise
         finally:
             record.on_commit = None
+            if record.outrun and result == "cancelled":
+                result = "lost"
             self.metrics.attempted(endpoint, result)
         if continuation is None:
             now = trio.current_time()
             endpoint.latency.observe((record.committed or now) - began, now)
         return answer
+
+    async def _attempt_or_two(
+        self, upstream: Upstream, hedging: Hedging, journey: _Journey, sink: Sink
+    ) -> WholeAnswer | None:
+        """The same, and where a stream's first content is late, another attempt beside it."""
+        if not journey.job.request.stream or journey.rescue is not None:
+            return await self._attempt(upstream, journey, sink)
+        record, model = journey.job.record, upstream.endpoint.model
+        race = Race(
+            sink=sink,
+            record=record,
+            ticket=journey.ticket,
+            admission=self.admission,
+            hedging=hedging,
+            first=self._runner(upstream, journey, journey.ticket),
+            find_second=partial(self._find_second, upstream, journey, trio.current_time()),
+            on_failure=partial(self._go_on_with_the_other, journey),
+        )
+        after = hedging.after(trio.current_time()) if self._may_hedge(journey) else None
+        try:
+            await race.run(after, self.client.deadlines)
+        finally:
+            leader = race.leader
+            journey.asked_usage = leader.journey.asked_usage
+            journey.delivered = leader.journey.delivered
+            if race.result is not None:
+                self._note_hedge(record, model, race.result)
+        return None
+
+    def _runner(
+        self, upstream: Upstream, journey: _Journey, ticket: Ticket, waited: float = 0.0
+    ) -> Runner[_Journey]:
+        record = journey.job.record.for_attempt(waited)
+        own = copy.copy(journey)
+        own.job = attrs.evolve(journey.job, record=record)
+        journey.job.record.attempts += 1
+        return Runner(
+            upstream=upstream,
+            ticket=ticket,
+            record=record,
+            journey=own,
+            attempt=partial(self._attempt, upstream, own),
+        )
+
+    def _may_hedge(self, journey: _Journey) -> bool:
+        return (
+            not journey.hedged
+            and len(journey.group.upstreams) > 1
+            and journey.job.record.attempts < self._balancing.max_attempts
+            and not journey.repeated
+            and journey.job.request.stateless
+        )
+
+    def _find_second(
+        self, first: Upstream, journey: _Journey, began: float
+    ) -> Runner[_Journey] | None:
+        """Another endpoint that has room now: a hedge waits for nothing, and nobody for it."""
+        now, model, group = trio.current_time(), first.endpoint.model, journey.group
+        record = journey.job.record
+        if now >= journey.job.deadline:
+            return None
+        journey.hedged = True
+        choose = partial(group.spare, model, {*journey.tried, first.endpoint})
+        ticket = Ticket(group.name, group, choose)
+        slot = self.admission.spare(ticket)
+        if slot is None:
+            self._note_hedge(record, model, HedgeResult.NO_ROOM)
+            return None
+        if not self.budget.withdraw(now):
+            self.admission.leave(ticket, Verdict.NO_OPINION)
+            self._note_hedge(record, model, HedgeResult.NO_BUDGET)
+            return None
+        journey.repeated = True
+        return self._runner(group.upstreams[slot.endpoint], journey, ticket, waited=now - began)
+
+    def _go_on_with_the_other(
+        self, journey: _Journey, runner: Runner[_Journey], failure: UpstreamFailure
+    ) -> None:
+        """One of two attempts has failed, and there need be no third for that."""
+        journey.note_work(failure)
+        self._learn(runner.upstream, failure)
+        journey.tried.add(runner.upstream.endpoint)
+        if _refuses_usage(runner.journey, failure):
+            runner.upstream.asks_usage = False
+        if failure.judgement.retry is Retry.SAFE:
+            journey.repeated = False  # it was not executed, so it may still be executed twice
+
+    def _note_hedge(self, record: RequestRecord, model: str, result: HedgeResult) -> None:
+        record.hedge = result.value
+        self.metrics.hedged(model, result)
 
     async def _relay(
         self, upstream: Upstream, call: Call, timing: Timing, journey: _Journey, sink: Sink
@@ -490,6 +589,7 @@ class _Journey:
     verdict: Verdict = attrs.field(default=Verdict.NO_OPINION, init=False)  # of whom it is with
     delivered: Delivered | None = attrs.field(default=None, init=False)  # by a stream that broke
     rescue: Rescue | None = attrs.field(default=None, init=False)
+    hedged: bool = attrs.field(default=False, init=False)  # it was time to ask a second, once
     group: Group = attrs.field(init=False)
     ticket: Ticket = attrs.field(init=False)
 
@@ -529,6 +629,15 @@ class _Journey:
             self.has_been_worked_on = True
         if self.has_been_worked_on:
             failure.error.should_retry = False
+
+    @property
+    def upstream(self) -> Upstream:
+        """Whom it is with; of two that were asked at once, who was first, or has failed last."""
+        match self.ticket.outcome:
+            case Slot(endpoint=endpoint):
+                return self.group.upstreams[endpoint]
+            case _:
+                raise RuntimeError("it is with nobody")
 
     @property
     def later(self) -> tuple[Group, ...]:

@@ -28,6 +28,7 @@ from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
 from citadel_gateway.policy.cordons import Cordons
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.health_tracker import HealthTracker
+from citadel_gateway.policy.hedging import Hedging
 from citadel_gateway.policy.picker import Picker
 from citadel_gateway.policy.quorum import Quorum
 from citadel_gateway.policy.roster import Roster
@@ -59,6 +60,7 @@ class Upstream:
     probe: Probe
     numbers: Numbers
     engine: Engine = Engine.AUTO
+    hedging: Hedging | None = None  # its model's, if that is hedged
     asks_usage: bool = True  # until it has refused `stream_options`
 
     @property
@@ -84,12 +86,19 @@ class Model:
     config: ModelConfig
     quorum: Quorum
     upstreams: list[Upstream] = attrs.field(factory=list, init=False)
+    hedging: Hedging | None = attrs.field(default=None, init=False)
     _begun: bool = attrs.field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.config.hedge:
+            self.hedging = Hedging(self.config.hedge_after)
 
     def begin(self, previous: Model | None = None) -> None:
         """Mind how many of the endpoints are well, as *previous* has done until now."""
         endpoints = {upstream.endpoint for upstream in self.upstreams}
         if previous is not None:
+            if self.hedging is not None and previous.hedging is not None:
+                self.hedging.take_over(previous.hedging)
             previous.quorum.renew(self.quorum, endpoints)
             self.quorum = previous.quorum
         for endpoint in endpoints:
@@ -213,6 +222,12 @@ class Group:
         if self._roster.is_any_full(tried, now):
             return None
         return Nobody(self.next_chance(now))
+
+    def spare(self, model: str, tried: Set[Endpoint], now: float) -> Endpoint | None:
+        """One more endpoint of *model* with room right now; nobody is hurried for it."""
+        if len(self.models) > 1:
+            tried = tried | {endpoint for endpoint in self.upstreams if endpoint.model != model}
+        return self._roster.choose(tried, now)
 
     def choose_any(self, now: float) -> Choice:
         """The same while none was tried."""
@@ -628,6 +643,7 @@ class LoadBalancer:
             probe=Probe.of(config.url, engine.value, config.api_key, origin),
             numbers=numbers,
             engine=engine,
+            hedging=model.hedging,
         )
 
     def _configure(self, upstream: Upstream) -> bool:

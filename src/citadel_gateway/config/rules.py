@@ -15,7 +15,7 @@ from citadel_gateway.config.schema import (
     ServiceConfig,
     TlsConfig,
 )
-from citadel_gateway.config.values import Count, Resolve, Url
+from citadel_gateway.config.values import Count, Resolve, RetryAmbiguous, Url
 
 AUTO = "auto"
 
@@ -71,6 +71,12 @@ def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> 
         seen.add(endpoint.url)
     yield from _concurrency_rules(path, model)
     yield from _reach_rules(path, model)
+    if model.hedge and config.load_balancer.retry_ambiguous is RetryAmbiguous.NEVER:
+        yield Problem(
+            (*path, "hedge"), "sends requests twice, which retry_ambiguous: never rules out"
+        )
+    if model.hedge_after is not None and not model.hedge:
+        yield Problem((*path, "hedge_after"), "needs `hedge: true`")
     for index, fallback in enumerate(model.fallbacks):
         where = (*path, "fallbacks", index)
         if fallback == name:

@@ -255,6 +255,12 @@ class ModelConfig:
         tuple(Capability), "Kinds of request it can answer."
     )
     timeouts: TimeoutsConfig = option(TimeoutsConfig(), "This model's clocks.")
+    hedge: bool = option(
+        False,
+        "Ask a second endpoint for a stream whose first token is later than 95 % of the recent "
+        "ones were; the first to have one goes on.  Counts as a retry.",
+    )
+    hedge_after: Seconds | None = option(None, "Hedge after this, whatever the recent ones took.")
     engine: Engine = option(Engine.AUTO, "What serves it.")
     api_key: Secret | None = secret("Sent to the endpoints as a bearer token.")
     resolve: Resolve = option(

@@ -28,6 +28,8 @@ def access_line(record: RequestRecord) -> dict[str, Any]:
     fields["endpoint"] = record.endpoint or None
     fields["reason"] = record.route_reason or None
     fields["attempts"] = record.attempts
+    if record.hedge is not None:
+        fields["hedge"] = record.hedge
     fields["stream"] = record.stream
     fields["duration_ms"] = _ms(record.ended - record.began)
     if record.queue_wait:

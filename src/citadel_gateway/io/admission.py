@@ -41,6 +41,10 @@ class Admission:
         finally:
             del self._calls[ticket]
 
+    def spare(self, ticket: Ticket) -> Slot | None:
+        """Take a slot that is free now, for a second attempt; :meth:`leave` it afterwards."""
+        return self.waitroom.spare(ticket, trio.current_time())
+
     def move(self, ticket: Ticket, verdict: Verdict) -> None:
         """Give up the slot for another; follow with :meth:`wait`.
 

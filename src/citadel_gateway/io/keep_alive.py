@@ -13,6 +13,7 @@ from typing import TypeVar
 import attrs
 import trio
 
+from citadel_gateway.io.nurseries import one_cancellation
 from citadel_gateway.io.stream_relay import Sink
 
 COMMENT = b": keep-alive\n\n"
@@ -92,7 +93,7 @@ async def kept_alive(
     if every is None:
         return await work(waiting)
     failure: Exception | None = None
-    try:
+    with one_cancellation():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(waiting.comment, every)
             try:
@@ -100,10 +101,6 @@ async def kept_alive(
             except Exception as exc:
                 failure = exc  # out of the nursery, which would wrap it in a group
             nursery.cancel_scope.cancel(reason="nobody waits any more")
-    except BaseExceptionGroup as group:
-        if group.split(trio.Cancelled)[1] is not None:
-            raise
-        raise group.exceptions[0] from None  # we were cancelled, once for each task
     if failure is not None:
         raise failure
     return result

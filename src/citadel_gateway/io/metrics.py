@@ -26,6 +26,7 @@ from citadel_gateway.io.series import (
 )
 from citadel_gateway.policy.circuit_breaker import State, Transition
 from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.hedging import HedgeResult
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -142,6 +143,11 @@ class Metrics:
             "Streams that broke after their first token, by how another endpoint was to go on.",
             ["model", "way"],
         )  # fmt: skip
+        self._hedges = Counters(
+            "citadel_gateway_hedges",
+            "Times that a stream's first token was late, by what came of asking a second endpoint.",
+            ["model", "result"],
+        )  # fmt: skip
         self._crashes = Counters(
             "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
             ["where"],
@@ -179,7 +185,11 @@ class Metrics:
             self._token_usage.labels(model, "output").observe(completion)
 
     def attempted(self, endpoint: Endpoint, result: str) -> None:
-        """Count an attempt; *result* is ``ok``, ``cancelled``, a finding of ours or a status."""
+        """Count an attempt.
+
+        *result* is ``ok``, ``cancelled``, ``lost`` (another endpoint's first token came sooner), a
+        finding of ours or a status.
+        """
         self._attempts.labels(endpoint.model, endpoint.url, result).inc()
 
     def rejected(self, limit: str) -> None:
@@ -211,6 +221,9 @@ class Metrics:
     def continued(self, model: str, way: str) -> None:
         """Count a broken stream; *way* is ``resume``, ``replay``, or ``none``."""
         self._continuations.labels(model, way).inc()
+
+    def hedged(self, model: str, result: HedgeResult) -> None:
+        self._hedges.labels(model, result.value).inc()
 
     def crashed(self, where: str) -> None:
         self._crashes.labels(where).inc()
@@ -296,7 +309,7 @@ class Metrics:
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
             self._cancellations, self._rejections, self._transitions, self._timeouts,
-            self._malformed, self._continuations, self._crashes, self._reloads,
+            self._malformed, self._continuations, self._hedges, self._crashes, self._reloads,
         )  # fmt: skip
 
 

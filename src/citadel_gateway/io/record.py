@@ -106,6 +106,23 @@ class RequestRecord:
     bytes_out: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    hedge: str | None = None  # what came of asking a second endpoint, if it was time to
+    outrun: bool = False  # of one of two attempts: the other was first
+
+    def for_attempt(self, waited: float) -> RequestRecord:
+        """One for an attempt that may not be the only one; *waited* by others before it."""
+        return attrs.evolve(
+            self,
+            upstream_wait=self.upstream_wait + waited,
+            hang_up=nobody_to_hang_up_on,
+            on_commit=None,
+        )
+
+    def adopt(self, attempt: RequestRecord) -> None:
+        """What such an attempt has noted is true of the request."""
+        self.phase, self.upstream_wait = attempt.phase, attempt.upstream_wait
+        self.prompt_tokens = attempt.prompt_tokens
+        self.completion_tokens = attempt.completion_tokens
 
     def pass_on_leave(self) -> None:
         """Tell the upstream at once that nobody listens any more."""

@@ -26,3 +26,8 @@ class PeakEwma:
             keep = math.exp(-max(0.0, now - self._at) / self.tau)
             self.value = self.value * keep + latency * (1 - keep)
         self._at = now
+
+    def at_least(self, latency: float, now: float) -> None:
+        """An answer that was not waited for had taken that long already."""
+        if latency > self.value:
+            self.observe(latency, now)

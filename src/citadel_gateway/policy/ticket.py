@@ -98,6 +98,11 @@ class Ticket:
     def seated(self) -> bool:
         return self.pace is not None
 
+    def swap(self, other: Ticket) -> None:
+        """Exchange slots with *other*, which has one for the same request."""
+        self.outcome, other.outcome = other.outcome, self.outcome
+        self.since, other.since = other.since, self.since
+
     def charge(self) -> None:
         """Charge what it may come to, now that it has its turn."""
         if self.bill is not None:

@@ -111,6 +111,18 @@ class Waitroom:
             ticket.bill.close()
         return slot.close(verdict, now) if isinstance(slot, Slot) else None
 
+    def spare(self, ticket: Ticket, now: float) -> Slot | None:
+        """Give *ticket* a slot that is free and that nobody waits for; it neither queues nor pays.
+
+        For a second attempt beside the one that has its request's own ticket.
+        """
+        if self.taken >= self.seats or self.depth(ticket.queue):
+            return None
+        ticket.outcome = slot = self._place(ticket, now)
+        if ticket.pace is not None:
+            ticket.pace.unbilled.pop(ticket)
+        return slot if isinstance(slot, Slot) else None
+
     def pump(self, now: float) -> list[Ticket]:
         """Place whoever can be placed; returns those whose ``outcome`` is now known."""
         called, self.displaced = self.displaced, []
