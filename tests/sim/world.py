@@ -398,7 +398,7 @@ def _in_state(state: State, levels: Levels) -> list[str]:
 
 
 def _plain_client(name: str, model: str, key: str | None) -> ClientPlan:
-    body = {"model": model, "messages": [{"role": "user", "content": f"say {name}"}]}
+    body = {"model": model, "messages": [{"role": "user", "content": f"say {name};"}]}
     ask = AskPlan(
         id=name, path="/v1/chat/completions", body=body, habit=Habit.PATIENT, after=0.0,
         pause=0.0, timeout=None, key=key, returns=2,
