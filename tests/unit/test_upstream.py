@@ -864,6 +864,15 @@ async def test_a_stream_that_is_cut_behind_its_last_word_is_whole(
     await world.ask()
 
 
+async def test_an_error_behind_the_last_word_takes_nothing_back(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    world, sink = MemoryWorld(nursery, events(word("a"), END, ERROR)), Client()
+    await world.relay(sink)
+
+    assert sink.received == word("a") + END + DONE
+
+
 async def test_pings_during_a_long_prefill_are_borne(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

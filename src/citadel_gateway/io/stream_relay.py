@@ -87,7 +87,7 @@ class StreamRelay:
         attempt.expect_first_token()
         try:
             await self._read(connection)
-        except (BadResponse, OSError, Interrupted, UpstreamFailure):
+        except (BadResponse, OSError, Interrupted, UpstreamFailure, EngineError, NotAnAnswer):
             if not (self._has_content and reader.is_whole):
                 raise
             # All has been said, so nobody will miss what would have come behind it.
