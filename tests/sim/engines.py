@@ -65,6 +65,7 @@ class Job:
     end: End | None = None
     spoke: bool = False
     events: list[Event] = attrs.field(factory=list)
+    spoke_at: list[float] = attrs.field(factory=list)
     body: bytes | None = None
 
     @property
@@ -331,6 +332,7 @@ class Engine:
                     await wire.send_all(data)
                     job.spoke = True
                     job.events += events
+                    job.spoke_at.append(trio.current_time())
                     if end is End.ANSWERED:
                         job.body = job.script.body
                 case Pause(seconds):

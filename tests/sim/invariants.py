@@ -30,6 +30,7 @@ Invariant = Callable[[Run], Iterator[str]]
 INVARIANTS: list[Invariant] = []
 
 _SAME = 1e-6  # seconds: floats that mean the same instant
+_IDLE = 20.0  # seconds, by default
 _LAST_LOOK = 0.05 + _SAME  # seconds that the gateway waits for the end behind [DONE]
 
 
@@ -192,6 +193,12 @@ def caps_are_kept(run: Run) -> Iterator[str]:
 
 
 @invariant
+def nobody_waits_beside_room(run: Run) -> Iterator[str]:
+    """Who can be placed is called in the very instant, besides those who are there already."""
+    yield from run.waited_in_vain
+
+
+@invariant
 def rate_limits_are_kept(run: Run) -> Iterator[str]:
     limits = run.config["performance"]
     if not limits["rate_limiting_enabled"]:
@@ -312,6 +319,8 @@ def events_are_the_engines_own(run: Run) -> Iterator[str]:
         rest = got[same:]
         if not rest and (same == len(own) or seen.fate is not Fate.ANSWERED):
             continue
+        if not rest and _came_with_a_clock(run, job) and b'"choices":[]' in own[same]:
+            continue  # the answer was whole by then, and nobody has waited for its usage
         roles = [speech.heard(b"".join(part)).roles for part in (got[:same], rest)]
         if not _may_be_joined(run, seen, jobs[seen.id], job):
             yield f"{seen.id}: {got!r} is not what {job.name} has said: {own!r}"
@@ -794,6 +803,18 @@ def _was_heard(run: Run, job: Job) -> bool:
     is_late = job.ended > seen.began + allowed - 0.001
     has_left = seen.fate is Fate.LEFT and seen.ended <= job.ended + _SAME
     return not (is_late or has_left)
+
+
+def _came_with_a_clock(run: Run, job: Job) -> bool:
+    """Whether its last word came in the very instant in which a clock struck, or had before."""
+    every = [run.config["performance"]["timeouts"]]
+    every += [model["timeouts"] for model in run.config["models"].values()]
+    clocks = {_IDLE, *(clock for each in every for clock in each.values())}
+    last = job.spoke_at[-1]
+    if any(last - job.began >= each.get("total", math.inf) for each in every):
+        return True
+    since = (job.began, *job.spoke_at[:-1])
+    return any(abs(last - at - clock) < 0.001 for at in since for clock in clocks)
 
 
 def _over(job: Job) -> float:

@@ -26,7 +26,7 @@ NO_CHOICE = -1
 
 _GAPS = (" ", " ", "\n", " ", "  ", "\n\n")
 _END = "\n\n\n"
-_SALT = re.compile(r"~[\w/.-]+")
+_SALT = re.compile(r"~[\w/.-]+", re.ASCII)
 _TOKENS = {
     True: re.compile(r"\s*\S+|\s+\Z"),  # white space in front of a word, as models have it
     False: re.compile(r"\s*\S+(?:\s+(?=\S))?|\s+\Z"),  # or behind it
