@@ -133,6 +133,14 @@ def metrics_and_log_agree(run: Run) -> Iterator[str]:
 
 
 @invariant
+def who_is_turned_away_at_the_door_is_noted(run: Run) -> Iterator[str]:
+    told = sum(seen.error_code() == "too_many_connections" for seen in run.seen)
+    noted = sum(line["outcome"] == "too_many_connections" for _, _, line in _finished(run))
+    if told > noted:
+        yield f"{told} clients were told that there were too many, {noted} are in the log"
+
+
+@invariant
 def attempts_are_what_engines_were_asked(run: Run) -> Iterator[str]:
     """Each job is an attempt; attempts that are none have failed on the way there."""
     tried = _by(run, "citadel_gateway_attempts_total", "endpoint")

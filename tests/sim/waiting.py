@@ -53,9 +53,8 @@ class WaitWatch(trio.abc.Instrument):
             return
         for key, (since, endpoint) in self._open.items():
             if now - since > AT_ONCE:
-                name = (key[0] if isinstance(key, tuple) else key).name  # type: ignore[attr-defined]
                 self.complaints.append(
-                    f"somebody waits for {name} at {self._now:g}, and until {now:g} nobody says "
+                    f"somebody waits for {endpoint.model} at {self._now:g}, and until {now:g} nobody says "
                     f"that {endpoint.url} has had room since {since:g}"
                 )
         self._open.clear()

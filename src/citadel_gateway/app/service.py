@@ -553,14 +553,14 @@ class UnifiedAPIGatewayService:
         extensions = {**scope["extensions"], MONITORING: {}}
         await self._quart({**scope, "extensions": extensions}, receive, send)
 
-    def _note_unserved(self, status: int, why: str, client: str) -> None:
-        """What came was no request, or came too early or too late to be one."""
+    def _note_unserved(self, status: int, code: str, why: str, client: str) -> None:
+        """What came was no request, or came too early or too late to be one, or to be heard."""
         now = self._now()
         record = RequestRecord(request_id="", route="", client=client, began=now, ended=now)
         if status == CLIENT_CLOSED_REQUEST:
             record.client_left()
         else:
-            record.refuse(status=status, code="bad_http_request", message=why)
+            record.refuse(status=status, code=code, message=why)
         self._note_end(record)
 
     def _note_answer(self, fields: dict[str, Any]) -> None:
