@@ -55,6 +55,12 @@ class JobFault(enum.Enum):
     TOO_LONG = "refuses the prompt as too long"
 
 
+BREAKING = (
+    JobFault.CUTS, JobFault.RESETS, JobFault.STALLS, JobFault.NO_FINISH, JobFault.ERROR_EVENT,
+    JobFault.TRICKLES, JobFault.UNTIL_CLOSE,
+)  # fmt: skip
+
+
 class Prefill(enum.Enum):
     """What an engine makes of a chat that ends in a message of its own."""
 
@@ -179,7 +185,12 @@ def draw(seed: int) -> Scenario:
 
 
 class _Draw:
-    """Draws in a fixed order from one source."""
+    """Draws in a fixed order from one source.
+
+    A quarter of the scenarios are about streams that break, and engines that can go on with them.
+    """
+
+    breaks: bool
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -187,11 +198,12 @@ class _Draw:
     def scenario(self, seed: int) -> Scenario:
         rng = self.rng
         length = rng.uniform(2, 12)
+        self.breaks = rng.random() < 0.25
         names = [f"m{n}" for n in range(rng.choice([1, 1, 2, 3]))]
         hosts = [
             self.host(f"{name}-{letter}", name, length)
             for name in names
-            for letter in "abcd"[: rng.choice([1, 1, 2, 2, 3, 4])]
+            for letter in "abcd"[: rng.choice([2, 3, 4] if self.breaks else [1, 1, 2, 2, 3])]
         ]
         config = self.config(names, hosts)
         keys = [key["id"] for key in config["security"]["api_keys"]]
@@ -210,8 +222,8 @@ class _Draw:
 
     def host(self, name: str, model: str, length: float) -> HostPlan:
         rng = self.rng
-        badness = rng.choice([0.0, 0.1, 0.3, 0.5, 0.8])
-        kinds = list(JobFault)
+        badness = rng.choice([0.1, 0.3, 0.5] if self.breaks else [0.0, 0.1, 0.3, 0.5, 0.8])
+        kinds = list(BREAKING if self.breaks else JobFault)
         engine, prefill, server = self.engine()
         counts = rng.random() < 0.3
         return HostPlan(
@@ -324,7 +336,7 @@ class _Draw:
             "max_attempts": rng.choice([1, 2, 3, 3, 5]),
             "retry_ambiguous": rng.choice(["stateless", "stateless", "never"]),
             "retry_budget_ratio": rng.choice([0.0, 0.1, 0.2, 0.5]),
-            "retry_budget_floor": rng.choice([0.05, 0.1, 0.5, 3.0]),
+            "retry_budget_floor": rng.choice([3.0] if self.breaks else [0.05, 0.1, 0.5, 3.0]),
         }  # fmt: skip
 
     def streaming(self) -> dict[str, Any]:
@@ -449,8 +461,8 @@ class _Draw:
             case _:
                 body["input"] = f"say {name};"
         if path != "/v1/embeddings":
-            body["stream"] = rng.random() < 0.6
-            if rng.random() < 0.15:
+            body["stream"] = rng.random() < (0.9 if self.breaks else 0.6)
+            if rng.random() < 0.1:
                 body["n"] = 2
             if (temperature := rng.choice([None, 0, 0, 0.7])) is not None:
                 body["temperature"] = temperature

@@ -273,6 +273,8 @@ def texts_are_right_to_the_byte(run: Run) -> Iterator[str]:
         if any(count > 1 for count in said.finishes.values()):
             yield f"{seen.id} has ended more than once: {response.body!r}"
         for choice, text in said.texts.items():
+            if speech.count_tokens(text) > (seen.plan.max_tokens or math.inf):
+                yield f"{seen.id} may have {seen.plan.max_tokens} tokens, and got {text!r}"
             known = {job.answer.texts[choice] for job in jobs[seen.id]} if choice >= 0 else set()
             if not (text in known if is_whole else any(each.startswith(text) for each in known)):
                 yield f"{seen.id}, choice {choice}: {text!r} instead of one of {sorted(known)}"

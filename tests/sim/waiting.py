@@ -27,12 +27,14 @@ class WaitWatch(trio.abc.Instrument):
     service: UnifiedAPIGatewayService
     complaints: list[str] = attrs.field(factory=list)
     _now: float = attrs.field(default=-math.inf, init=False)
+    _asleep: int = attrs.field(default=0, init=False)
     _open: dict[Hashable, tuple[float, Endpoint]] = attrs.field(factory=dict, init=False)
 
     def after_io_wait(self, timeout: float) -> None:
         """Time may pass now, if nothing more is to be done."""
-        waitroom = self.service.admission.waitroom
-        if not (waitroom._lines or self._open):
+        waitroom, calls = self.service.admission.waitroom, self.service.admission._calls
+        self._asleep = sum(t.outcome is not None and not e.is_set() for t, e in calls.items())
+        if not (waitroom._lines or self._open or self._asleep):
             return
         self._now = now = trio.current_time()
         before, self._open = self._open, {}
@@ -46,16 +48,18 @@ class WaitWatch(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         """If time has passed, nothing was done meanwhile."""
-        if not self._open:
+        if not (self._open or self._asleep):
             return
         now = trio.current_time()
         if now == self._now:
             return
-        for key, (since, endpoint) in self._open.items():
+        if self._asleep:
+            self.complaints.append(f"{self._asleep} have their places at {now:g}, and sleep on")
+        for since, endpoint in self._open.values():
             if now - since > AT_ONCE:
                 self.complaints.append(
-                    f"somebody waits for {endpoint.model} at {self._now:g}, and until {now:g} nobody says "
-                    f"that {endpoint.url} has had room since {since:g}"
+                    f"somebody waits at {self._now:g}, and is not told until {now:g} that "
+                    f"{endpoint.url} has had room since {since:g}"
                 )
         self._open.clear()
 
