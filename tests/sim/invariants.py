@@ -30,6 +30,7 @@ Invariant = Callable[[Run], Iterator[str]]
 INVARIANTS: list[Invariant] = []
 
 _SAME = 1e-6  # seconds: floats that mean the same instant
+_MOST_MALFORMED = 5  # events in a row that the gateway bears
 _IDLE = 20.0  # seconds, by default
 _LAST_LOOK = 0.05 + _SAME  # seconds that the gateway waits for the end behind [DONE]
 
@@ -329,7 +330,8 @@ def events_are_the_engines_own(run: Run) -> Iterator[str]:
         rest = got[same:]
         if not rest and (same == len(own) or seen.fate is not Fate.ANSWERED):
             continue
-        if not rest and _came_with_a_clock(run, job) and b'"choices":[]' in own[same]:
+        gave_up = _came_with_a_clock(run, job) or _malformed_sent(job) > _MOST_MALFORMED
+        if not rest and gave_up and b'"choices":[]' in own[same]:
             continue  # the answer was whole by then, and nobody has waited for its usage
         roles = [speech.heard(b"".join(part)).roles for part in (got[:same], rest)]
         if not _may_be_joined(run, seen, jobs[seen.id], job):
