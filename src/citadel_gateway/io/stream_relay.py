@@ -12,7 +12,7 @@ from typing import Protocol
 import attrs
 import trio
 
-from citadel_gateway.io.attempt import MAX_ERROR_BODY, Attempt, read_all
+from citadel_gateway.io.attempt import AFTER_DONE, MAX_ERROR_BODY, Attempt, read_all
 from citadel_gateway.io.connection import Connection, Interrupted
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.pump import Pump
@@ -26,7 +26,6 @@ from citadel_gateway.wire.sse import DONE, EventSplitter
 
 _MAX_HELD_EVENTS = 64
 _MAX_HELD_BYTES = 256 * 1024
-_AFTER_DONE = 0.05  # for the end of a body whose last event was already here
 
 
 class Sink(Protocol):
@@ -225,12 +224,15 @@ class StreamRelay:
 
 
 async def read_to_end(connection: Connection) -> None:
-    """Wait a moment for the end of a body, so that its connection can be used again.
+    """Let a body come to its end, so that its connection can be used again.
 
-    The client has its answer: whatever goes wrong now costs the connection and nothing else.
+    The client has its answer: whatever goes wrong now costs the connection and nothing else.  Where
+    the end can be read by whoever uses the connection next, nobody waits for it.
     """
+    if connection.leave_the_end():
+        return
     # Shielded: clients hang up on [DONE], which must not turn a success into a cancellation.
-    with trio.move_on_after(_AFTER_DONE, shield=True), suppress(BadResponse, OSError, Interrupted):
+    with trio.move_on_after(AFTER_DONE, shield=True), suppress(BadResponse, OSError, Interrupted):
         await connection.read_body()
 
 
