@@ -279,9 +279,10 @@ def limit_begun_anew(_: Original, *args: Any) -> bool:
     return False
 
 
-@bug("another model goes on with a stream", rescue.Rescue, "unfit")
-def continued_by_another_model(_: Original, self: Any, group: Any, model: str) -> set[Endpoint]:
-    return {e for e, upstream in group.upstreams.items() if self.continuation(upstream) is None}
+@bug("another model goes on with a stream", _Journey, "keep_only")
+def continued_by_another_model(keep_only: Original, self: _Journey, groups: Any) -> None:
+    if groups:
+        keep_only(self, groups)
 
 
 @bug("an engine is asked to go on of which nobody knows whether it can", rescue.Rescue, "_style")
