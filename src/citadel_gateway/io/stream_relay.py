@@ -21,7 +21,7 @@ from citadel_gateway.wire.headers import first
 from citadel_gateway.wire.http1_response import BadResponse, CutShort
 from citadel_gateway.wire.openai_answer import EngineError, NotAnAnswer, raise_if_error
 from citadel_gateway.wire.openai_stream import EventKind, StreamReader
-from citadel_gateway.wire.seam import Seam
+from citadel_gateway.wire.seam import Diverged, Seam
 from citadel_gateway.wire.sse import DONE, EventSplitter
 
 _MAX_HELD_EVENTS = 64
@@ -86,10 +86,14 @@ class StreamRelay:
         attempt.expect_first_token()
         try:
             await self._read(connection)
+        except Diverged:
+            raise  # whole as that may be, it is another answer
         except (BadResponse, OSError, Interrupted, UpstreamFailure, EngineError, NotAnAnswer):
             if not (self._has_content and reader.is_whole):
                 raise
             # All has been said, so nobody will miss what would have come behind it.
+            await self._finish(connection)
+            return
         if not reader.is_whole:
             if self._has_content:
                 await self._flush(connection)
