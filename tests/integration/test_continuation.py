@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 from citadel_gateway.policy.circuit_breaker import State
 from tests.support import scripted_engine as engines
-from tests.support.canonical_engine import SHAPES, Canonical
+from tests.support.canonical_engine import SHAPES, Canonical, stream
 from tests.support.gateway import (
     CHAT,
     PORT,
@@ -251,6 +251,20 @@ async def test_a_refused_beginning_is_not_blamed_on_the_engine_nor_told_to_the_c
         response = await first_to_a(world, engine)
         breaker = world.endpoint("b").breaker
         assert breaker.state(trio.current_time()) is State.CLOSED
+
+    assert_broken(response, "upstream_connection_error")
+
+
+async def test_a_replay_that_ends_too_early_is_no_end_whatever_it_counts(
+    autojump_clock: MockClock,
+) -> None:
+    engine = Canonical(TOKENS)
+    usage = {"prompt_tokens": 11, "completion_tokens": 1, "total_tokens": 12}
+    shorter = [{**chunk, "usage": usage} for chunk in Canonical(TOKENS[:1]).chunks("two")]
+    async with running_gateway(gateway_for("a", "b", engine="openai")) as world:
+        breaking(world, engine.breaks("one", 5))
+        world.engines["b"].default = stream(shorter, end=b"data: [DONE]\n\n")
+        response = await first_to_a(world, engine, temperature=0)
 
     assert_broken(response, "upstream_connection_error")
 

@@ -454,6 +454,23 @@ async def test_while_one_endpoint_cools_down_the_other_is_asked(autojump_clock: 
     assert len(world.engines["bad"].posts) == 1
 
 
+async def test_who_waits_is_called_when_an_endpoint_has_cooled_down(
+    autojump_clock: MockClock,
+) -> None:
+    config = fleet({"m": ["good", "bad"]}, load_balancer=balancing())
+    for entry in config["models"]["m"]["endpoints"]:
+        entry["max_concurrent"] = 1
+    async with running_gateway(config) as world:
+        world.engines["good"].default = Script([engines.sleep(9), *engines.whole_chat("ok").steps])
+        world.engines["bad"].scripts.append(engines.status(429, b"", [("retry-after", "2.3")]))
+        began = trio.current_time()
+        answers = await gather(*[partial(world.ask, "m")] * 3)
+        refused, served = (post.received_at - began for post in world.engines["bad"].posts)
+
+    assert [answer.status for answer in answers] == [200] * 3
+    assert served - refused == pytest.approx(2.3)
+
+
 # --- how often -------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from citadel_gateway.app.server import Address, CannotListen, Server
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import Count, HttpServer, Seconds
 from citadel_gateway.io.http1_exchange import EXCHANGE, ResponseAborted
+from citadel_gateway.io.record import Outcome, RequestRecord
 from tests.support.openfds import open_descriptors, task_count
 from tests.support.raw_client import NoResponseError, RawClient, http_request
 from tests.support.scripted_engine import MODEL, ScriptedEngine, serve_tcp
@@ -98,6 +99,7 @@ class Running:
     server: Server
     port: int
     crashes: list[tuple[str, Exception]]
+    unserved: list[RequestRecord]
 
     async def connect(self) -> RawClient:
         return await RawClient.connect(self.port)
@@ -113,17 +115,24 @@ async def serving(
 ) -> AsyncIterator[Running]:
     config = ServiceConfig(host="127.0.0.1", **service)
     crashes: list[tuple[str, Exception]] = []
+    unserved: list[RequestRecord] = []
+
+    def note(status: int, code: str, why: str, client: str) -> None:
+        unserved.append(RequestRecord(request_id="", route="", client=client, began=0.0))
+        unserved[-1].refuse(status=status, code=code, message=why)
+
     app = Demo()
     server = Server(
         app,
         Address("127.0.0.1", 0, *cert),
         config,
         lambda where, exc: crashes.append((where, exc)),
+        note,
     )
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             address: Address = await nursery.start(server.run)
-            yield Running(app, server, address.port, crashes)
+            yield Running(app, server, address.port, crashes, unserved)
             await server.stop(0)
             await server.cut()
 
@@ -248,6 +257,7 @@ async def test_a_connection_too_many_is_told_so() -> None:
 
         async with await running.connect() as again:
             assert (await again.request("GET", "/a")).status == 200
+        assert [record.outcome for record in running.unserved] == [Outcome.TOO_MANY_CONNECTIONS]
 
 
 async def test_a_flood_of_connections_is_held_to_the_limit() -> None:

@@ -234,7 +234,7 @@ def _again(ask: AskPlan, number: int) -> AskPlan:
     """The same once more, as another request."""
     name = f"{ask.id}.{number}"
     body = orjson.loads(
-        orjson.dumps(ask.body).replace(f"say {ask.id}".encode(), f"say {name}".encode())
+        orjson.dumps(ask.body).replace(f"say {ask.id};".encode(), f"say {name};".encode())
     )
     return attrs.evolve(ask, id=name, body=body, habit=Habit.PATIENT)
 

@@ -55,6 +55,21 @@ class JobFault(enum.Enum):
     TOO_LONG = "refuses the prompt as too long"
 
 
+BREAKING = (
+    JobFault.CUTS, JobFault.RESETS, JobFault.STALLS, JobFault.NO_FINISH, JobFault.ERROR_EVENT,
+    JobFault.TRICKLES, JobFault.UNTIL_CLOSE,
+)  # fmt: skip
+
+
+class Prefill(enum.Enum):
+    """What an engine makes of a chat that ends in a message of its own."""
+
+    FLAGGED = "goes on with it if it is told so"
+    LAST_MESSAGE = "goes on with it"
+    REFUSES = "refuses it"
+    IGNORES = "says the next one"
+
+
 class Habit(enum.Enum):
     """What a client does other than waiting for its answer."""
 
@@ -78,6 +93,11 @@ class HostPlan:
         events.
     :param badness: the share of jobs that go wrong, in one of the ways of *faults*.
     :param refuses_usage: it does not know ``stream_options``.
+    :param engine: what the configuration says that it is; *server* what it says itself.
+    :param lies: it says something else each time, even where it was asked to be deterministic.
+    :param leading: its tokens have their white space in front.
+    :param counts: its streams say all along how many tokens there were.
+    :param packs: it sends two tokens in one event now and then.
     :param troubles: when, for how long, and what befalls the engine as a whole.
     """
 
@@ -91,6 +111,13 @@ class HostPlan:
     gap: float
     badness: float
     refuses_usage: bool
+    engine: str
+    server: str | None
+    prefill: Prefill
+    lies: bool
+    leading: bool
+    counts: bool
+    packs: bool
     faults: tuple[JobFault, ...]
     troubles: tuple[tuple[float, float, HostFault], ...]
 
@@ -120,6 +147,10 @@ class AskPlan:
     @property
     def usage(self) -> bool:
         return bool(self.body.get("stream_options"))
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.body.get("max_tokens")
 
 
 @attrs.frozen(kw_only=True)
@@ -154,7 +185,12 @@ def draw(seed: int) -> Scenario:
 
 
 class _Draw:
-    """Draws in a fixed order from one source."""
+    """Draws in a fixed order from one source.
+
+    A quarter of the scenarios are about streams that break, and engines that can go on with them.
+    """
+
+    breaks: bool
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -162,11 +198,12 @@ class _Draw:
     def scenario(self, seed: int) -> Scenario:
         rng = self.rng
         length = rng.uniform(2, 12)
+        self.breaks = rng.random() < 0.25
         names = [f"m{n}" for n in range(rng.choice([1, 1, 2, 3]))]
         hosts = [
             self.host(f"{name}-{letter}", name, length)
             for name in names
-            for letter in "abcd"[: rng.choice([1, 1, 2, 2, 3])]
+            for letter in "abcd"[: rng.choice([2, 3, 4] if self.breaks else [1, 1, 2, 2, 3])]
         ]
         config = self.config(names, hosts)
         keys = [key["id"] for key in config["security"]["api_keys"]]
@@ -187,8 +224,10 @@ class _Draw:
 
     def host(self, name: str, model: str, length: float) -> HostPlan:
         rng = self.rng
-        badness = rng.choice([0.0, 0.1, 0.3, 0.5, 0.8])
-        kinds = list(JobFault)
+        badness = rng.choice([0.1, 0.3, 0.5] if self.breaks else [0.0, 0.1, 0.3, 0.5, 0.8])
+        kinds = list(BREAKING if self.breaks else JobFault)
+        engine, prefill, server = self.engine()
+        counts = rng.random() < 0.3
         return HostPlan(
             host=name,
             model=model,
@@ -199,10 +238,40 @@ class _Draw:
             think=rng.choice([0.01, 0.1, 0.3, 1.0]),
             gap=rng.choice([0.0, 0.0, 0.02, 0.2, 0.5]),
             badness=badness,
-            refuses_usage=rng.random() < 0.1,
+            # Whole answers of llama.cpp are asked for as streams, of which it counts the tokens.
+            refuses_usage=rng.random() < 0.1 and "llama" not in f"{engine} {server}",
+            engine=engine,
+            server=server,
+            prefill=prefill,
+            lies=rng.random() < 0.2,
+            leading=rng.random() < 0.6,
+            counts=counts,
+            packs=counts and rng.random() < 0.5,
             faults=tuple(rng.sample(kinds, rng.randint(1, len(kinds)))),
             troubles=self.troubles(length),
         )
+
+    def engine(self) -> tuple[str, Prefill, str | None]:
+        """What it is said to be, what it does if asked to go on, and what it says that it is.
+
+        Nobody says of an engine that it goes on, if it does not, but that it may refuse.
+        """
+        rng = self.rng
+        engine = rng.choice(
+            ["auto", "auto", "vllm", "vllm", "sglang", "llamacpp", "ollama", "tgi", "openai"]
+        )
+        match engine:
+            case "auto":
+                prefill = rng.choice(list(Prefill))
+                goes_on = prefill in {Prefill.LAST_MESSAGE, Prefill.REFUSES}
+                return engine, prefill, "llama.cpp" if goes_on and rng.random() < 0.5 else None
+            case "openai":
+                return engine, rng.choice([Prefill.IGNORES, Prefill.REFUSES]), None
+            case "llamacpp" | "ollama":
+                goes_on_as = Prefill.LAST_MESSAGE
+            case _:
+                goes_on_as = Prefill.FLAGGED
+        return engine, Prefill.REFUSES if rng.random() < 0.2 else goes_on_as, None
 
     def troubles(self, length: float) -> tuple[tuple[float, float, HostFault], ...]:
         rng = self.rng
@@ -221,8 +290,7 @@ class _Draw:
             "service": self.service(),
             "gateway": self.routing(),
             "load_balancer": self.balancing(),
-            # These engines begin every answer at its beginning, whatever they are sent.
-            "streaming": {"continue_broken": False},
+            "streaming": self.streaming(),
             "models": {name: self.model(name, names, hosts) for name in names},
             "performance": self.performance(),
             "monitoring": {"prometheus_port": None},
@@ -270,8 +338,17 @@ class _Draw:
             "max_attempts": rng.choice([1, 2, 3, 3, 5]),
             "retry_ambiguous": rng.choice(["stateless", "stateless", "never"]),
             "retry_budget_ratio": rng.choice([0.0, 0.1, 0.2, 0.5]),
-            "retry_budget_floor": rng.choice([0.05, 0.1, 0.5, 3.0]),
+            "retry_budget_floor": rng.choice([3.0] if self.breaks else [0.05, 0.1, 0.5, 3.0]),
         }  # fmt: skip
+
+    def streaming(self) -> dict[str, Any]:
+        rng = self.rng
+        return {
+            "continue_broken": rng.random() < 0.85,
+            "continue_max_bytes": rng.choice([20, 2**18, 2**18, 2**18]),
+            "keep_alive": rng.choice([None, 0.05, 0.3, 10.0]),
+            "keep_alive_before_first_token": rng.choice([None, None, None, 0.05, 0.3, 2.0]),
+        }
 
     def model(self, name: str, names: list[str], hosts: list[HostPlan]) -> dict[str, Any]:
         rng = self.rng
@@ -283,6 +360,7 @@ class _Draw:
                 "url": f"http://{host.host}:{PORT}",
                 "weight": rng.choice([0.5, 1.0, 1.0, 3.0]),
                 "max_concurrent": host.max_concurrent,
+                "engine": host.engine,
                 **({"api_key": host.api_key} if host.api_key else {}),
             }
             for host in own
@@ -386,15 +464,21 @@ class _Draw:
         body: dict[str, Any] = {} if model is None else {"model": model}
         match path:
             case "/v1/chat/completions":
-                body["messages"] = [{"role": "user", "content": f"say {name}"}]
+                body["messages"] = [{"role": "user", "content": f"say {name};"}]
             case "/v1/completions":
-                body["prompt"] = f"say {name}"
+                body["prompt"] = f"say {name};"
+                if rng.random() < 0.3:
+                    body["prompt"] = [body["prompt"]]
             case _:
-                body["input"] = f"say {name}"
+                body["input"] = f"say {name};"
         if path != "/v1/embeddings":
-            body["stream"] = rng.random() < 0.6
-            if rng.random() < 0.15:
+            body["stream"] = rng.random() < (0.9 if self.breaks else 0.6)
+            if rng.random() < 0.1:
                 body["n"] = 2
+            if (temperature := rng.choice([None, 0, 0, 0.7])) is not None:
+                body["temperature"] = temperature
+            if rng.random() < 0.2:
+                body["max_tokens"] = rng.randint(1, 8)
             if body["stream"] and rng.random() < 0.3:
                 body["stream_options"] = {"include_usage": True}
         if rng.random() < 0.1:

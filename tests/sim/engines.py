@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import anyio.abc
 import attrs
@@ -12,14 +14,27 @@ import orjson
 import trio
 
 from citadel_gateway.io.dial import Origin
-from tests.sim.draw import HostFault, HostPlan, JobFault
+from tests.sim import speech
+from tests.sim.draw import HostFault, HostPlan, JobFault, Prefill
 from tests.sim.history import History
-from tests.sim.scripts import End, Hang, Order, Part, Pause, Say, Script, refuses_usage, script
-from tests.sim.speech import Event, Said
+from tests.sim.scripts import (
+    End,
+    Hang,
+    Order,
+    Part,
+    Pause,
+    Say,
+    Script,
+    refuses_to_go_on,
+    refuses_usage,
+    script,
+)
+from tests.sim.speech import PLAIN, Answer, Event, Said, Voice
 from tests.sim.wires import GatewayEnd, Wire, wire_pair
 from tests.support.raw_client import parse_head, take_until
 
 _COMMITS = {Said.CONTENT, Said.FINISH}
+_SAY = re.compile(r"say ([^;]+);(.*)", re.DOTALL)
 
 
 @attrs.define(eq=False)
@@ -28,6 +43,7 @@ class Job:
 
     :param serial: tells which of two jobs of one instant was first.
     :param reused: over a connection that had carried another one before.
+    :param answer: what it would say, and goes on with.
     :param events: sent, and complete.
     :param body: the whole answer, once it was sent; none of a stream.
     :param content_at: when the first event was sent that commits a stream.
@@ -39,26 +55,26 @@ class Job:
     request_id: str
     stream: bool
     usage: bool
-    choices: int
+    answer: Answer
+    counts: bool
     reused: bool
     began: float
     script: Script
     fault: JobFault | None
     refused_usage: bool
+    refused_to_go_on: bool
     ended: float | None = None
     end: End | None = None
     spoke: bool = False
     events: list[Event] = attrs.field(factory=list)
+    spoke_at: list[float] = attrs.field(factory=list)
     body: bytes | None = None
     content_at: float | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the client can have all of it."""
-        if not self.stream:
-            return self.body is not None
-        said = [event.said for event in self.events]
-        return said.count(Said.FINISH) == self.choices and Said.ERROR not in said
+    def said(self) -> str:
+        """The text of its stream until now, of the first choice."""
+        return "".join(event.word for event in self.events if event.choice == 0)
 
     def say(self, events: tuple[Event, ...], now: float) -> None:
         self.events += events
@@ -208,13 +224,16 @@ class Engine:
                 status = b"503 Loading"
             case _:
                 status = b"200 OK"
-        await connection.wire.send_all(b"HTTP/1.1 %b\r\ncontent-length: 2\r\n\r\n{}" % status)
+        server = b"server: %b\r\n" % self.plan.server.encode() if self.plan.server else b""
+        head = b"HTTP/1.1 %b\r\n%bcontent-length: 2\r\n\r\n{}"
+        await connection.wire.send_all(head % (status, server))
         return True
 
     def _take_in(self, start: str, headers: dict[str, str], body: bytes, *, reused: bool) -> Job:
         method, path, _ = start.split(" ")
         asked = orjson.loads(body)
-        request_id = self._check(method, path, headers, asked)
+        request_id, given = _understand(asked)
+        self._check(method, headers, asked, request_id)
         number = len(self.jobs)
         rng = random.Random(f"{self.seed} {self.plan.host} {number}")
         fault = None
@@ -226,16 +245,25 @@ class Engine:
             job=name,
             request_id=request_id,
             stream=bool(asked.get("stream")),
-            choices=asked.get("n", 1),
             usage=bool((asked.get("stream_options") or {}).get("include_usage")),
+            answer=self._answer(asked, request_id, given, Voice(f"~{name}", rng.randrange(5))),
+            counts=self.plan.counts,
+            packs=self.plan.packs,
         )
         think, gap = self.plan.think, self.plan.gap
         if rng.random() < 0.5:
             think *= rng.random() * 2
             gap *= rng.random() * 2
         refused = self.plan.refuses_usage and "stream_options" in asked
+        will_not = bool(given) and "messages" in asked and self.plan.prefill is Prefill.REFUSES
         if self.healed:
             think, gap = min(think, 0.05), 0.0
+        if refused:
+            steps = refuses_usage()
+        elif will_not:
+            steps = refuses_to_go_on(rng)
+        else:
+            steps = script(order, fault, think, gap, rng)
         job = Job(
             name=name,
             serial=len(self.history),
@@ -243,22 +271,24 @@ class Engine:
             request_id=request_id,
             stream=order.stream,
             usage=order.usage,
-            choices=order.choices,
+            answer=order.answer,
+            counts=order.counts,
             reused=reused,
             began=trio.current_time(),
-            script=refuses_usage() if refused else script(order, fault, think, gap, rng),
+            script=steps,
             fault=fault,
             refused_usage=refused,
+            refused_to_go_on=will_not and not refused,
         )
         self.jobs.append(job)
-        self._note(f"{name} begins {request_id}" + (f": {fault.value}" if fault else ""))
+        begins = f"goes on with {request_id} behind {given!r}" if given else f"begins {request_id}"
+        self._note(f"{name} {begins}" + (f": {fault.value}" if fault else ""))
         return job
 
-    def _check(self, method: str, path: str, headers: dict[str, str], asked: dict[str, str]) -> str:
-        """What it is asked for; what is wrong with how it is asked is written down."""
-        content = asked.get("messages", asked.get("prompt", asked.get("input")))
-        said = content[0]["content"] if isinstance(content, list) else str(content)
-        request_id = said.removeprefix("say ")
+    def _check(
+        self, method: str, headers: dict[str, str], asked: dict[str, Any], request_id: str
+    ) -> None:
+        """What is wrong with how it is asked is written down."""
         expected = f"Bearer {self.plan.api_key}" if self.plan.api_key else None
         for what, is_so, should in (
             ("method", method, "POST"),
@@ -268,7 +298,37 @@ class Engine:
         ):
             if is_so != should:
                 self.complaints.append(f"{self.plan.host}: {what} is {is_so!r}, not {should!r}")
-        return request_id
+
+    def _answer(self, asked: dict[str, Any], request_id: str, given: str, own: Voice) -> Answer:
+        """What this engine says: as others do, if asked to, and else in its *own* voice."""
+        plan = self.plan
+        choices, most = asked.get("n", 1), asked.get("max_tokens")
+        voice = PLAIN if asked.get("temperature") == 0 and not plan.lies else own
+        texts = [speech.text(request_id, plan.model, n, voice) for n in range(choices)]
+        if given:
+            rest = speech.goes_on(request_id, plan.model, given)
+            if rest is None:
+                self.complaints.append(f"{plan.host} was given what nobody says: {given!r}")
+            if "messages" in asked and not self._can_go_on(asked):
+                self.complaints.append(f"{plan.host} was asked to go on, and cannot: {given!r}")
+            texts = [rest or ""]
+        tokens = [speech.tokens(t, leading=plan.leading, begins=not given) for t in texts]
+        return Answer(
+            tokens=tuple(each[:most] for each in tokens),
+            given=given,
+            is_cut=most is not None and any(len(each) > most for each in tokens),
+        )
+
+    def _can_go_on(self, asked: dict[str, Any]) -> bool:
+        """Whether it can be asked to go on, in this way."""
+        match self.plan.prefill:
+            case Prefill.FLAGGED:
+                is_told = asked.get("continue_final_message") is True
+                return is_told and asked.get("add_generation_prompt") is False
+            case Prefill.IGNORES:
+                return False
+            case _:
+                return True
 
     async def _perform(self, job: Job, wire: Wire) -> Part | None:
         """How to part with the connection; ``None`` keeps it."""
@@ -280,6 +340,7 @@ class Engine:
                     await wire.send_all(data)
                     job.spoke = True
                     job.say(events, trio.current_time())
+                    job.spoke_at.append(trio.current_time())
                     if end is End.ANSWERED:
                         job.body = job.script.body
                 case Pause(seconds):
@@ -299,6 +360,22 @@ class Engine:
         if job.end is None:
             self._note(f"{job.name} is {end.value}")
         job.settle(end, trio.current_time())
+
+
+def _understand(asked: dict[str, Any]) -> tuple[str, str]:
+    """Which request it is, and what was said already."""
+    given = ""
+    if (messages := asked.get("messages")) is not None:
+        content = messages[0]["content"]
+        if messages[-1]["role"] == "assistant":
+            given = messages[-1]["content"]
+    else:
+        content = asked.get("prompt", asked.get("input"))
+        content = content[0] if isinstance(content, list) else content
+    found = _SAY.fullmatch(content)
+    if found is None:
+        return str(content), given
+    return found[1], given or found[2]
 
 
 @attrs.define(eq=False)

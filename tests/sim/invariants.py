@@ -7,15 +7,15 @@ was logged and counted, and what was left; how the gateway does it is its own af
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, takewhile
 from typing import Any
 
 import orjson
 
+from citadel_gateway.io.keep_alive import COMMENT
 from citadel_gateway.wire.retry_after import parse_retry_after
 from tests.sim import speech
 from tests.sim.clients import Fate, Seen
@@ -24,12 +24,14 @@ from tests.sim.engines import Job
 from tests.sim.scripts import End
 from tests.sim.speech import Said
 from tests.sim.world import Run
+from tests.support.raw_client import RawResponse
 
 Invariant = Callable[[Run], Iterator[str]]
 INVARIANTS: list[Invariant] = []
 
-_ID = re.compile(rb'^data: \{"id":"([^"]*)"', re.MULTILINE)
 _SAME = 1e-6  # seconds: floats that mean the same instant
+_MOST_MALFORMED = 5  # events in a row that the gateway bears
+_IDLE = 20.0  # seconds, by default
 _LAST_LOOK = 0.05 + _SAME  # seconds that the gateway waits for the end behind [DONE]
 
 
@@ -136,6 +138,14 @@ def metrics_and_log_agree(run: Run) -> Iterator[str]:
 
 
 @invariant
+def who_is_turned_away_at_the_door_is_noted(run: Run) -> Iterator[str]:
+    told = sum(seen.error_code() == "too_many_connections" for seen in run.seen)
+    noted = sum(line["outcome"] == "too_many_connections" for _, _, line in _finished(run))
+    if told > noted:
+        yield f"{told} clients were told that there were too many, {noted} are in the log"
+
+
+@invariant
 def attempts_are_what_engines_were_asked(run: Run) -> Iterator[str]:
     """Each job is an attempt; attempts that are none have failed on the way there."""
     tried = _by(run, "citadel_gateway_attempts_total", "endpoint")
@@ -196,6 +206,12 @@ def caps_are_kept(run: Run) -> Iterator[str]:
 
 
 @invariant
+def nobody_waits_beside_room(run: Run) -> Iterator[str]:
+    """Who can be placed is called in the very instant, besides those who are there already."""
+    yield from run.waited_in_vain
+
+
+@invariant
 def rate_limits_are_kept(run: Run) -> Iterator[str]:
     limits = run.config["performance"]
     if not limits["rate_limiting_enabled"]:
@@ -227,66 +243,152 @@ def whole_answers_are_what_one_engine_said(run: Run) -> Iterator[str]:
     for seen in run.seen:
         if seen.plan.stream or seen.fate is not Fate.ANSWERED or seen.response is None:
             continue
-        if not any(job.body == seen.response.body for job in jobs[seen.id]):
-            yield f"{seen.id} got what no engine has answered: {seen.response.body[:200]!r}"
+        body = seen.response.body
+        if not any(_is_assembled(body, j) if j.stream else j.body == body for j in jobs[seen.id]):
+            yield f"{seen.id} got what no engine has answered: {body[:200]!r}"
 
 
 @invariant
 def streams_are_whole_or_say_that_they_are_not(run: Run) -> Iterator[str]:
-    for seen in run.seen:
-        response = seen.response
-        if not seen.plan.stream or response is None or response.status != 200:
-            continue
-        ends_well = response.body.endswith(speech.DONE)
-        if response.complete and not ends_well:
-            yield f"{seen.id} has an end, but no [DONE]: {response.body[-200:]!r}"
+    """They end in a ``[DONE]``, or else in one error; and with that they end."""
+    for seen, response in _streams(run):
+        said = speech.heard(response.body)
+        if response.complete and not (response.body.endswith(speech.DONE) and said.dones == 1):
+            yield f"{seen.id} has an end, but no [DONE], or two: {response.body[-200:]!r}"
+        if said.dones and said.errors:
+            yield f"{seen.id} is broken, and has a [DONE]: {response.body[-200:]!r}"
+        if said.behind:
+            yield f"{seen.id} goes on behind its end: {said.behind}"
         if seen.fate is Fate.CUT and seen.dawdled < run.config["service"]["write_timeout"]:
-            _, _, error = speech.heard(_whole_events(response.body))
-            if error is None:
-                yield f"{seen.id} is cut without a word: {response.body[-200:]!r}"
-            if speech.DONE in response.body:
+            if len(said.errors) != 1:
+                yield f"{seen.id} is cut with {len(said.errors)} errors: {response.body[-200:]!r}"
+            if said.dones:
                 yield f"{seen.id} is cut, and has a [DONE]"
 
 
 @invariant
 def texts_are_right_to_the_byte(run: Run) -> Iterator[str]:
-    """Whoever has said it, and however often it was joined: the text is the request's own."""
-    for seen in run.seen:
-        response = seen.response
-        if not seen.plan.stream or response is None or response.status != 200:
+    """However many engines took part: the text is as one of them would have written it alone."""
+    jobs = _by_request(run)
+    for seen, response in _streams(run):
+        said = speech.heard(response.body)
+        is_whole = seen.fate is Fate.ANSWERED
+        if is_whole and not (said.is_finished and len(said.texts) == seen.plan.choices):
+            yield f"{seen.id} is passed off as whole: {said.texts}"
+        if any(count > 1 for count in said.finishes.values()):
+            yield f"{seen.id} has ended more than once: {response.body!r}"
+        for choice, text in said.texts.items():
+            if speech.count_tokens(text) > (seen.plan.max_tokens or math.inf):
+                yield f"{seen.id} may have {seen.plan.max_tokens} tokens, and got {text!r}"
+            known = {job.answer.texts[choice] for job in jobs[seen.id]} if choice >= 0 else set()
+            if not (text in known if is_whole else any(each.startswith(text) for each in known)):
+                yield f"{seen.id}, choice {choice}: {text!r} instead of one of {sorted(known)}"
+
+
+@invariant
+def usage_is_summed_truthfully(run: Run) -> Iterator[str]:
+    """To clients that asked for it and in the log, as if one engine had said it all."""
+    lines = {line["request_id"]: line for _, _, line in _finished(run)}
+    for seen, response in _streams(run):
+        said, line = speech.heard(response.body), lines.get(seen.id)
+        tokens = sum(map(speech.count_tokens, said.texts.values()))
+        prompt = speech.PROMPT_TOKENS
+        for told, so_far in said.usage:
+            true = (prompt, so_far, prompt + so_far)
+            if tuple(told.values()) != true:
+                yield f"{seen.id} was told {told}, and it was {true}"
+        is_whole = seen.fate is Fate.ANSWERED
+        is_cut = seen.fate is Fate.CUT and not seen.dawdled and len(said.errors) == 1
+        if line is None or not (is_whole or is_cut):
             continue
-        found, finished, _ = speech.heard(_whole_events(response.body))
-        if seen.fate is Fate.ANSWERED and not (finished and len(found) == seen.plan.choices):
-            yield f"{seen.id} is passed off as whole: {found}"
-        for choice, said in found.items():
-            full = speech.text(seen.id, choice)
-            is_right = said == full if seen.fate is Fate.ANSWERED else full.startswith(said)
-            if not is_right:
-                yield f"{seen.id}, choice {choice}: {said!r} instead of {full!r}"
+        logged = line.get("completion_tokens", 0)
+        if logged != tokens if is_whole else logged < tokens:
+            yield f"{seen.id} has {logged} tokens in the log, and had {tokens}"
+        if (logged := line.get("prompt_tokens", 0)) not in {0, prompt}:
+            yield f"{seen.id} has a prompt of {logged} tokens in the log, not {prompt}"
 
 
 @invariant
 def events_are_the_engines_own(run: Run) -> Iterator[str]:
-    """A stream that one engine has given is its events, byte for byte, and our [DONE]."""
+    """Those of the engine that began, byte for byte; and who goes on does so under its name."""
     jobs = _by_request(run)
-    for seen in run.seen:
-        response = seen.response
-        if not seen.plan.stream or response is None or response.status != 200:
+    for seen, response in _streams(run):
+        got = [
+            block
+            for block in speech.blocks(response.body)
+            if block not in {COMMENT, speech.DONE} and not block.startswith(b'data: {"error"')
+        ]
+        names = speech.heard(b"".join(got)).ids
+        if not names and not got:
+            continue  # nothing yet
+        job = next((job for job in jobs[seen.id] if job.name in names), None)
+        if (job is None and names) or len(names) > 1:
+            yield f"{seen.id} got the answer to another request, too: {names}"
             continue
-        body = _whole_events(response.body)
-        said = body[: body.rindex(b'data: {"error"')] if b'data: {"error"' in body else body
-        said = said.removesuffix(speech.DONE)
-        ids = set(_ID.findall(said))
-        if len(ids) != 1:
-            continue  # nothing yet, or joined: the text has been looked at
-        job = next((job for job in jobs[seen.id] if job.name.encode() in ids), None)
         if job is None:
-            yield f"{seen.id} got the answer to another request: {ids}"
+            continue  # but for comments
+        own = speech.as_the_client_sees(job.events, usage=seen.plan.usage)
+        same = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(got, own, strict=False))
+        )
+        rest = got[same:]
+        if not rest and (same == len(own) or seen.fate is not Fate.ANSWERED):
             continue
-        full = speech.as_the_client_sees(job.events, usage=seen.plan.usage)
-        is_right = said == full if seen.fate is Fate.ANSWERED else full.startswith(said)
-        if not is_right:
-            yield f"{seen.id}: {said!r} is not what {job.name} has said: {full!r}"
+        gave_up = _came_with_a_clock(run, job) or _malformed_sent(job) > _MOST_MALFORMED
+        if not rest and gave_up and b'"choices":[]' in own[same]:
+            continue  # the answer was whole by then, and nobody has waited for its usage
+        roles = [speech.heard(b"".join(part)).roles for part in (got[:same], rest)]
+        if not _may_be_joined(run, seen, jobs[seen.id], job):
+            yield f"{seen.id}: {got!r} is not what {job.name} has said: {own!r}"
+        elif roles[1] > (0 if roles[0] else 1):
+            yield f"{seen.id} was told once more whose message it is: {rest!r}"
+
+
+@invariant
+def comments_are_only_for_those_who_wait(run: Run) -> Iterator[str]:
+    """Where they are configured: before the first token, or while a stream is continued."""
+    streaming = run.config["streaming"]
+    for seen, response in _streams(run):
+        has_begun = False
+        for block in speech.blocks(response.body):
+            has_begun = has_begun or block.startswith(b"data: ")
+            option = "keep_alive" if has_begun else "keep_alive_before_first_token"
+            if block == COMMENT and streaming[option] is None:
+                yield f"{seen.id} got a comment that nobody has asked for: {response.body!r}"
+                break
+
+
+@invariant
+def streams_go_on_from_what_their_clients_have(run: Run) -> Iterator[str]:
+    """An engine that is to go on is told what was said, and is of the same model."""
+    jobs = _by_request(run)
+    for seen, response in _streams(run):
+        said = speech.heard(response.body).texts.get(0, "")
+        is_seen = seen.fate in {Fate.ANSWERED, Fate.CUT} and not seen.dawdled
+        first = next((job for job in jobs[seen.id] if job.said), None)
+        for job in jobs[seen.id]:
+            given = job.answer.given
+            if is_seen and not said.startswith(given):
+                yield f"{job.name} was given {given!r}, but the client of {seen.id} has {said!r}"
+            if given and first is not None and _model(run, job) != _model(run, first):
+                yield f"{job.name} goes on with what {first.name} began"
+
+
+@invariant
+def continuations_are_counted(run: Run) -> Iterator[str]:
+    counted = _by(run, "citadel_gateway_continuations_total", "way")
+    if not run.config["streaming"]["continue_broken"] and counted["resume"] + counted["replay"]:
+        yield f"continued, though it is turned off: {counted}"
+    resumed = sum(bool(job.answer.given) for job in run.fleet.jobs)
+    if resumed > counted["resume"]:
+        yield f"{resumed} jobs were resumed, {counted['resume']} counted"
+    jobs = _by_request(run)
+    broken = sum(
+        seen.fate is not Fate.ANSWERED and any(map(_has_content, jobs[seen.id]))
+        for seen, _ in _streams(run)
+    )
+    if counted["none"] > broken:
+        yield f"{counted['none']} streams counted as broken, of {broken} that had begun"
 
 
 @invariant
@@ -331,18 +433,23 @@ def requests_end_within_their_clocks(run: Run) -> Iterator[str]:
 
 @invariant
 def attempts_are_bounded(run: Run) -> Iterator[str]:
-    """No more than configured, and never twice what may have been executed twice."""
+    """No more than configured, and never twice what may have been executed twice.
+
+    Whoever goes on with a broken stream executes something else, which in turn may be repeated.
+    """
     balancing = run.config["load_balancer"]
-    most = balancing["max_attempts"] + 1  # a connection that had gone stale costs one more
     twice = balancing["retry_ambiguous"] == "stateless"
     asked = {seen.id: seen for seen in run.seen}
     for name, jobs in _by_request(run).items():
-        if len(jobs) > most:
-            yield f"{name} was sent {len(jobs)} times"
         may_repeat = twice and not asked[name].plan.body.get("store")
-        executed = [job for job in jobs if not _is_certainly_not_executed(job)]
-        if len(executed) > 1 + may_repeat:
-            yield f"{name} may have been executed by {[job.name for job in executed]}"
+        stages = _stages(jobs) if _may_be_continued(run, asked[name]) else [jobs]
+        # A connection that had gone stale costs one more.
+        if len(jobs) > balancing["max_attempts"] + len(stages):
+            yield f"{name} was sent {len(jobs)} times"
+        for stage in stages:
+            executed = [job for job in stage if not _is_certainly_not_executed(job)]
+            if len(executed) > 1 + may_repeat:
+                yield f"{name} may have been executed by {[job.name for job in executed]}"
 
 
 @invariant
@@ -410,7 +517,12 @@ def nobody_is_asked_twice(run: Run) -> Iterator[str]:
         for job in jobs:
             if job.host in failed:
                 yield f"{name} came to {job.host} once more: {[job.name for job in jobs]}"
-            if not (_is_stale(job) or job.refused_usage or _asked_for_time(job)):
+            if not (
+                _is_stale(job)
+                or job.refused_usage
+                or _asked_for_time(job)
+                or _may_replay_instead(run, job)
+            ):
                 failed.add(job.host)
 
 
@@ -616,8 +728,21 @@ def _disagreement(run: Run, seen: Seen, outcome: str, when: float) -> str | None
     return None
 
 
-def _whole_events(body: bytes) -> bytes:
-    return body[: body.rfind(b"\n\n") + 2] if b"\n\n" in body else b""
+def _streams(run: Run) -> Iterator[tuple[Seen, RawResponse]]:
+    """Those that have begun, and what their clients have of them."""
+    for seen in run.seen:
+        response = seen.response
+        if seen.plan.stream and response is not None and response.status == 200:
+            yield seen, response
+
+
+def _is_assembled(body: bytes, job: Job) -> bool:
+    """Whether *body* is what *job* has streamed, in one piece."""
+    told, answer = orjson.loads(body), job.answer
+    texts = tuple(c["text"] if "text" in c else c["message"]["content"] for c in told["choices"])
+    finishes = {choice["finish_reason"] for choice in told["choices"]}
+    is_same = told["id"] == job.name and texts == answer.texts and finishes == {answer.finish}
+    return is_same and told.get("usage") in (None, answer.usage())
 
 
 def _malformed_sent(job: Job) -> int:
@@ -657,12 +782,54 @@ def _is_certainly_not_executed(job: Job) -> bool:
         or job.script.status in {401, 403, 404, 408, 429, 503}
         or job.fault is JobFault.ERROR_IN_200
         or job.refused_usage
+        or job.refused_to_go_on
     )
 
 
 def _asked_for_time(job: Job) -> bool:
     status, wait = job.script.status, job.script.retry_after
     return job.end is End.REFUSED and (status == 429 or (status == 503 and wait is not None))
+
+
+def _may_replay_instead(run: Run, job: Job) -> bool:
+    """Whether it has refused to go on, and could be asked to say the same once more."""
+    seen = next(seen for seen in run.seen if seen.id == job.request_id)
+    refuses = job.refused_to_go_on or job.script.status in {400, 404, 422, 501}
+    return bool(job.answer.given) and refuses and seen.plan.body.get("temperature") == 0
+
+
+def _may_be_continued(run: Run, seen: Seen) -> bool:
+    plan = seen.plan
+    is_on = run.config["streaming"]["continue_broken"]
+    return is_on and plan.stream and plan.choices == 1 and not plan.body.get("store")
+
+
+def _may_be_joined(run: Run, seen: Seen, jobs: list[Job], first: Job) -> bool:
+    """Whether somebody may have gone on with what *first* began."""
+    later = [job for job in jobs if job.serial > first.serial]
+    same = any(_model(run, job) == _model(run, first) for job in later)
+    return same and _may_be_continued(run, seen) and _has_content(first)
+
+
+def _has_content(job: Job) -> bool:
+    return any(event.said in {Said.CONTENT, Said.FINISH} for event in job.events)
+
+
+def _model(run: Run, job: Job) -> str:
+    return run.fleet.engines[job.host].plan.model
+
+
+def _stages(jobs: list[Job]) -> list[list[Job]]:
+    """Attempts at the same thing: who has said more than all before him was the last at it."""
+    stages: list[list[Job]] = [[]]
+    furthest = ""
+    for job in jobs:
+        stages[-1].append(job)
+        reached = job.answer.given + job.said
+        if len(reached) > len(furthest) and reached.startswith(furthest):
+            furthest = reached
+            stages.append([])
+    return stages
 
 
 def _asked_to_wait(job: Job) -> float:
@@ -690,6 +857,18 @@ def _was_heard(run: Run, job: Job) -> bool:
 
 def _overlap(first: Job, second: Job) -> bool:
     return second.began < _over(first) - _SAME and first.began < _over(second) - _SAME
+
+
+def _came_with_a_clock(run: Run, job: Job) -> bool:
+    """Whether its last word came in the very instant in which a clock struck, or had before."""
+    every = [run.config["performance"]["timeouts"]]
+    every += [model["timeouts"] for model in run.config["models"].values()]
+    clocks = {_IDLE, *(clock for each in every for clock in each.values())}
+    last = job.spoke_at[-1]
+    if any(last - job.began >= each.get("total", math.inf) for each in every):
+        return True
+    since = (job.began, *job.spoke_at[:-1])
+    return any(abs(last - at - clock) < 0.001 for at in since for clock in clocks)
 
 
 def _over(job: Job) -> float:

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 from unittest import mock
+from weakref import WeakSet
 
 import attrs
 import trio
 
+from citadel_gateway.app import gateway_orchestrator, rescue
 from citadel_gateway.app.client_response import ClientResponse
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, _Journey
 from citadel_gateway.app.guard import Doorkeeper
@@ -23,6 +25,7 @@ from citadel_gateway.app.hedging import Race, Runner
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.relay import Relay
 from citadel_gateway.io import attempt
+from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.departures import Departures
@@ -36,8 +39,13 @@ from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.rate_limit import TokenBucket
 from citadel_gateway.policy.retry import Retry, RetryBudget
 from citadel_gateway.policy.waitroom import Waitroom
+from citadel_gateway.wire import continuation
+from citadel_gateway.wire.continuation import Continuation, Prefill
+from citadel_gateway.wire.delivered import Delivered
+from citadel_gateway.wire.openai_answer import Usage
 from citadel_gateway.wire.openai_stream import EventKind, StreamReader
-from citadel_gateway.wire.sse import DONE, EventSplitter
+from citadel_gateway.wire.seam import Diverged, Seam
+from citadel_gateway.wire.sse import DONE, EventSplitter, encode_event
 
 Original = Callable[..., Any]
 
@@ -212,6 +220,138 @@ def malformed_passed_on(read: Original, self: StreamReader, event: bytes) -> Eve
 @bug("the usage chunk is sent to who has not asked for it", StreamRelay, "_passes")
 def usage_forced_upon(_: Original, self: StreamRelay, kind: EventKind) -> bool:
     return kind is not EventKind.MALFORMED
+
+
+# Streams that go on.
+
+
+_JOINED: WeakSet[Seam] = WeakSet()
+
+
+@bug("an engine that goes on is told one word too few", rescue, "resume")
+def joined_one_word_early(resume: Original, request: Any, delivered: Delivered, how: Any) -> Any:
+    told = delivered.copy()
+    told.text = told.text[: max(told.text.rstrip().rfind(b" "), 0)]
+    return resume(request, told, how)
+
+
+@bug("the first token of an engine that goes on is lost", Seam, "_new_text")
+def joined_one_token_late(new_text: Original, self: Seam, said: str) -> Any:
+    text = new_text(self, said)
+    if text.strip() and self not in _JOINED:
+        _JOINED.add(self)
+        return ""
+    return text
+
+
+@bug("a replay is passed on from its beginning", Seam, "_new_text")
+def replay_said_twice(new_text: Original, self: Seam, said: str) -> Any:
+    text = new_text(self, said)
+    return said if self.is_replay else text
+
+
+@bug("a replay that says something else is passed on", Seam, "_new_text")
+def replay_not_compared(new_text: Original, self: Seam, said: str) -> Any:
+    try:
+        return new_text(self, said)
+    except Diverged:
+        self._text_at = len(self.text)
+        return said
+
+
+@bug("white space where two streams join is there twice", Continuation, "make_seam")
+def white_space_twice(make_seam: Original, self: Continuation) -> Any:
+    return make_seam(attrs.evolve(self, repeats=""))
+
+
+@bug("what was delivered is counted twice", Seam, "usage")
+def usage_counted_twice(usage: Original, self: Seam, second: Usage) -> Any:
+    joined = usage(self, second)
+    return Usage(joined.prompt_tokens, joined.completion_tokens + self._tokens_before)
+
+
+@bug("only the last engine's tokens are counted", Seam, "usage")
+def usage_of_the_last_only(_: Original, self: Seam, second: Usage) -> Usage:
+    return second
+
+
+@bug("an engine that goes on may say as much as the first", continuation, "_ask_for_the_rest")
+def limit_begun_anew(_: Original, *args: Any) -> bool:
+    return False
+
+
+@bug("another model goes on with a stream", _Journey, "keep_only")
+def continued_by_another_model(keep_only: Original, self: _Journey, groups: Any) -> None:
+    if groups:
+        keep_only(self, groups)
+
+
+@bug("an engine is asked to go on of which nobody knows whether it can", rescue.Rescue, "_style")
+def prefill_taken_for_granted(_: Original, self: Any, upstream: Any) -> Any:
+    return Prefill.LAST_MESSAGE
+
+
+@bug("streams are continued though that is turned off", GatewayOrchestrator, "_memory")
+def continued_though_off(_: Original, self: GatewayOrchestrator, journey: Any) -> Delivered:
+    before = journey.delivered
+    return Delivered(self._streaming.continue_max_bytes) if before is None else before.copy()
+
+
+@bug("a stream that goes on does so under another name", Seam, "_take_identity")
+def identity_of_the_second(_: Original, self: Seam, chunk: Any) -> None:
+    """Nothing."""
+
+
+@bug("an error comes behind the [DONE]", ClientResponse, "break_off")
+async def error_behind_done(break_off: Original, self: Any, error: Any, outcome: Any) -> None:
+    await self.write(DONE)
+    await break_off(self, error, outcome)
+
+
+@bug("a broken stream says so twice", ClientResponse, "break_off")
+async def broken_said_twice(break_off: Original, self: Any, error: Any, outcome: Any) -> None:
+    await self.write(encode_event(error.body()))
+    await break_off(self, error, outcome)
+
+
+@bug("comments are sent to those who have not asked for them", gateway_orchestrator, "kept_alive")
+async def comments_forced_upon(
+    kept_alive: Original, sink: Any, every: Any, work: Any, **others: Any
+) -> Any:
+    return await kept_alive(sink, every or 0.05, work, **others)
+
+
+@bug("a comment counts as the beginning of the answer", GatewayOrchestrator, "_may_go_on")
+def comment_counts_as_content(
+    may_go_on: Original, self: GatewayOrchestrator, journey: Any, upstream: Any, failure: Any
+) -> Any:
+    failure.committed = failure.committed or journey.job.record.committed is not None
+    return may_go_on(self, journey, upstream, failure)
+
+
+# The queue.
+
+
+@bug("who leaves does not tell those who wait", Admission, "leave")
+def left_in_silence(_: Original, self: Admission, ticket: Any, verdict: Any) -> None:
+    slot = ticket.outcome
+    transition = self.waitroom.leave(ticket, verdict, trio.current_time())
+    if transition is not None:
+        self.on_transition(slot.endpoint, transition)
+
+
+@bug("of several who are called at once only one wakes up", Admission, "pump")
+def wake_up_lost(_: Original, self: Admission) -> None:
+    if self.waitroom.is_anybody_waiting():
+        called = [t for t in self.waitroom.pump(trio.current_time()) if t in self._calls]
+        for ticket in called[:1]:
+            self._calls[ticket].set()
+
+
+@bug("the end of a cool-down is not told to those who wait", Endpoint, "rest_ends_at")
+def end_of_cool_down_untold(_: Original, self: Endpoint, now: float) -> float:
+    opens = self.breaker.opens_again_at()
+    return math.inf if opens is None else opens
 
 
 # Retries.

@@ -10,7 +10,7 @@ import attrs
 
 from tests.sim import speech
 from tests.sim.draw import JobFault
-from tests.sim.speech import Event, Said
+from tests.sim.speech import Answer, Event, Said
 
 
 class End(enum.Enum):
@@ -70,8 +70,10 @@ class Order:
     job: str
     request_id: str
     stream: bool
-    choices: int
     usage: bool
+    answer: Answer
+    counts: bool
+    packs: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -128,6 +130,13 @@ def refuses_usage() -> Script:
     return Script(steps=(Say(_sized(400, body), end=End.REFUSED),), status=400)
 
 
+def refuses_to_go_on(rng: random.Random) -> Script:
+    """What engines say that do not let anybody begin their messages."""
+    status = rng.choice([400, 404, 422, 501])
+    body = b'{"error": {"message": "the last message must be from the user"}}'
+    return Script(steps=(Say(_sized(status, body), end=End.REFUSED),), status=status)
+
+
 def _refusal(thinking: tuple[Step, ...], rng: random.Random) -> Script:
     status, wait = rng.choice(REFUSALS)
     body = b'{"error": {"message": "not now", "type": "server_error", "code": "not_now"}}'
@@ -139,7 +148,7 @@ def _refusal(thinking: tuple[Step, ...], rng: random.Random) -> Script:
 def _whole(
     order: Order, fault: JobFault | None, thinking: tuple[Step, ...], gap: float, rng: random.Random
 ) -> Script:
-    body = speech.whole_answer(order.path, order.job, order.request_id, order.choices)
+    body = speech.whole_answer(order.path, order.job, order.request_id, order.answer)
     data = _sized(200, body)
     head_end = data.index(b"\r\n\r\n") + 4
     cut = rng.randrange(head_end, len(data)) if rng.random() < 0.7 else rng.randrange(1, head_end)
@@ -185,7 +194,13 @@ def _stream(
     order: Order, fault: JobFault | None, gap: float, rng: random.Random
 ) -> tuple[Step, ...]:
     events = speech.stream_events(
-        order.path, order.job, order.request_id, order.choices, order.usage, rng
+        order.path,
+        order.job,
+        order.answer,
+        rng,
+        usage=order.usage,
+        counts=order.counts,
+        packs=order.packs,
     )
     at = rng.randrange(len(events))
     chunked, end, behind = True, End.ANSWERED, list[Step]()

@@ -28,6 +28,7 @@ from tests.sim.clients import Client, Seen
 from tests.sim.draw import AskPlan, ClientPlan, Habit, Scenario, draw
 from tests.sim.engines import Engine, Fleet
 from tests.sim.history import History, task_tree
+from tests.sim.waiting import WaitWatch
 from tests.sim.wires import Door
 from tests.support.gateway import repeatable
 from tests.support.raw_client import NoResponseError, RawClient
@@ -95,6 +96,7 @@ class Run:
     drained_at: float | None = None
     stopped_at: float | None = None
     reports: list[tuple[str, int]] = attrs.field(factory=list)  # asked for, and the status
+    waited_in_vain: list[str] = attrs.field(factory=list)
     problems: list[str] = attrs.field(factory=list)
 
     @property
@@ -157,6 +159,7 @@ class _World:
             async with trio.open_nursery() as engines:
                 run.fleet = self._make_fleet(engines)
                 service = self._make_service()
+                trio.lowlevel.add_instrument(WaitWatch(service, run.waited_in_vain))
                 await engines.start(self._serve, service)
                 await trio.sleep(0.01)
                 run.tasks_before = self._count_tasks()
@@ -398,7 +401,7 @@ def _in_state(state: State, levels: Levels) -> list[str]:
 
 
 def _plain_client(name: str, model: str, key: str | None) -> ClientPlan:
-    body = {"model": model, "messages": [{"role": "user", "content": f"say {name}"}]}
+    body = {"model": model, "messages": [{"role": "user", "content": f"say {name};"}]}
     ask = AskPlan(
         id=name, path="/v1/chat/completions", body=body, habit=Habit.PATIENT, after=0.0,
         pause=0.0, timeout=None, key=key, returns=2,

@@ -298,6 +298,34 @@ def test_usage_is_the_clients_prompt_once_and_all_that_was_delivered() -> None:
     assert usage_of(replayed(delivered), 11, 60) == Usage(11, 60)
 
 
+def test_white_space_that_is_said_twice_is_counted_once() -> None:
+    delivered = told("", delta(content="a"), delta(content="\n\n"))
+    seam = Seam(delivered, "\n\n", "", is_replay=False)
+    assert seam.join(delta(content="\n\n")) == b""
+    assert seam.join(delta(content="b"))
+
+    assert usage_of(seam, 11 + 1, 2) == Usage(11, 3)
+
+
+def test_who_was_told_nothing_of_it_begins_anew() -> None:
+    asked = chat(max_tokens=2)
+    resumed = resume(asked, told("\n\n"), Prefill.NONE)
+    assert resumed is not None
+    assert orjson.loads(resumed.request.body) == orjson.loads(asked.body)
+    seam = resumed.make_seam()
+    assert seam.join(delta(content="\n\n")) == b""
+    assert seam.join(delta(content="a"))
+
+    assert usage_of(seam, 11, 2) == Usage(11, 2)
+
+
+def test_whose_message_it_is_is_said_once() -> None:
+    seam = Seam(told("", delta(content="a")), "", "", is_replay=False)
+
+    assert seam.join(delta(role="assistant"))
+    assert not seam.join(delta(role="assistant"))
+
+
 def test_usage_that_the_first_engine_told_is_believed() -> None:
     running = {**delta(content="a"), "usage": {"prompt_tokens": 9, "completion_tokens": 3}}
     delivered = told("", running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import trio
@@ -29,6 +30,19 @@ async def test_a_deadline_rings_once_and_on_time(
 
     assert rung == [5]
     assert deadline.due == math.inf
+
+
+async def test_those_of_one_instant_ring_as_they_were_made(
+    autojump_clock: MockClock, deadlines: Deadlines
+) -> None:
+    rung: list[int] = []
+    made = [deadlines.add(partial(rung.append, n)) for n in range(100)]
+    for deadline in reversed(made):
+        deadlines.move(deadline, 5)
+    deadlines.discard(made[50])
+    await trio.sleep(10)
+
+    assert rung == [n for n in range(100) if n != 50]
 
 
 async def test_one_that_has_moved_on_does_not_ring(

@@ -15,6 +15,7 @@ from trio.testing import MockClock
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.dial import Origin, make_connect
 from citadel_gateway.io.pool import ConnectionPool
+from tests.sim.wires import Wire, wire_pair
 from tests.support import scripted_engine as engines
 from tests.support.memory_net import MemoryNet
 from tests.support.raw_client import http_request
@@ -64,6 +65,58 @@ async def test_a_connection_to_an_address_that_is_gone_is_closed_instead_of_used
     await pool.release(new)
     assert await pool.acquire(UP) is new
     await pool.aclose()
+
+
+async def answered_but_for_the_end(pool: ConnectionPool, engine: Wire) -> Connection:
+    """A connection to *engine*, back in the pool."""
+    connection = await pool.acquire(UP)
+    await connection.send(b"GET / HTTP/1.1\r\n\r\n")
+    await engine.receive_some()
+    await engine.send_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n")
+    await connection.read_head()
+    assert await connection.read_body() == b"hi"
+    assert connection.leave_the_end()
+    await pool.release(connection)
+    return connection
+
+
+async def test_a_response_that_lacks_its_end_is_waited_for_by_nobody() -> None:
+    pairs = [wire_pair(direct=True) for _ in range(2)]
+    dialled = iter(gateway for gateway, _ in pairs)
+    engines = [engine for _, engine in pairs]
+
+    async def connect(_: Origin) -> anyio.abc.ByteStream:
+        await trio.lowlevel.checkpoint()
+        return next(dialled)
+
+    pool = ConnectionPool(connect)
+    first = await answered_but_for_the_end(pool, engines[0])
+    second = await pool.acquire(UP)
+    assert second is not first
+    await engines[0].send_all(b"0\r\n\r\n")
+    assert await pool.acquire(UP) is first
+    await pool.aclose()
+    for engine in engines:
+        engine.close()
+
+
+async def test_a_response_that_does_not_end_costs_its_connection() -> None:
+    gateway, engine = wire_pair(direct=True)
+
+    async def connect(_: Origin) -> anyio.abc.ByteStream:
+        await trio.lowlevel.checkpoint()
+        return gateway
+
+    pool = ConnectionPool(connect)
+    connection = await answered_but_for_the_end(pool, engine)
+    connection.give_up_the_end(0)  # what it was asked before
+    assert not engine.is_over()
+    connection.give_up_the_end(1)
+
+    assert engine.is_over()
+    assert await pool.reuse(UP) is None
+    assert pool.open_count == 0
+    engine.close()
 
 
 async def test_the_last_one_back_is_the_first_one_out(

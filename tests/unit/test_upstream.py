@@ -864,6 +864,18 @@ async def test_a_stream_that_is_cut_behind_its_last_word_is_whole(
     await world.ask()
 
 
+async def test_an_error_behind_the_last_word_takes_nothing_back(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    does = events(word("a"), END, ERROR, cut=True).then(hang())
+    world, sink = MemoryWorld(nursery, does), Client()
+    began = trio.current_time()
+    await world.relay(sink)
+
+    assert sink.received == word("a") + END + DONE
+    assert trio.current_time() == began  # it may work on, and is hung up on at once
+
+
 async def test_pings_during_a_long_prefill_are_borne(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

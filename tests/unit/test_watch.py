@@ -80,7 +80,7 @@ async def test_a_new_address_is_used_after_a_good_probe_and_a_lost_one_no_longer
 ) -> None:
     names = {"vllm": [A]}
     async with running_gateway(each(), addresses=names, hosts=[A, B, C]) as world:
-        world.engines[C].default = engines.status(503)
+        world.engines[C].routes["GET", "/health"] = engines.status(503)
         before = await backends(world, 4)
         names["vllm"] = [B, C]
         await trio.sleep(12)

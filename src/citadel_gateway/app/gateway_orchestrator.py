@@ -28,7 +28,6 @@ from citadel_gateway.errors import (
     queue_too_long,
 )
 from citadel_gateway.io.admission import Admission
-from citadel_gateway.io.cool_downs import CoolDowns
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.keep_alive import kept_alive
 from citadel_gateway.io.metrics import Metrics
@@ -79,6 +78,7 @@ class GatewayOrchestrator:
     Everything a job holds is on its ticket, and the ticket is given back in one ``finally``.
 
     :param suspect: told of endpoints that could not be reached, so that they are probed at once.
+    :param on_rest: told when one has asked to be left alone for a while.
     :param draw: returns a number from 0 to 1, for pauses.
     """
 
@@ -87,16 +87,15 @@ class GatewayOrchestrator:
     client: UpstreamClient
     metrics: Metrics
     suspect: Callable[[Endpoint], None]
+    on_rest: Callable[[], None]
     draw: Callable[[], float] = random.random
     budget: RetryBudget = attrs.field(init=False)
     _allows_for_prompts: bool = attrs.field(init=False)
-    _cool_downs: CoolDowns = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         balancing = self._balancing
         self.budget = RetryBudget(balancing.retry_budget_ratio, balancing.retry_budget_floor)
         self._allows_for_prompts = clocks.allows_for_prompts(self.balancer.config)
-        self._cool_downs = CoolDowns(self.client.deadlines, self.admission.pump)
 
     @property
     def _streaming(self) -> StreamingConfig:
@@ -439,7 +438,7 @@ class GatewayOrchestrator:
         now = trio.current_time()
         if failure.cool_down is not None:
             upstream.endpoint.cool_down(failure.cool_down, now)
-            self._cool_downs.begin(upstream.endpoint)
+            self.on_rest()
         if failure.error.code in {"upstream_connection_error", "timeout_connect"}:
             self.suspect(upstream.endpoint)
 

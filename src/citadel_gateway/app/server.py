@@ -82,7 +82,8 @@ class Server:
     """Serves one application on one address.
 
     :param on_crash: told of exceptions that end a connection or escape the application.
-    :param on_unserved: told of answers that the application did not give: status, why, to whom.
+    :param on_unserved: told of answers that the application did not give: status, code, why, to
+        whom.
     :param inherited: a socket that listens already, and goes on doing so without us.
     :param on_timeout: told which clock a client has let run out.
     """
@@ -91,7 +92,7 @@ class Server:
     address: Address
     config: ServiceConfig
     on_crash: Callable[[str, Exception], None]
-    on_unserved: Callable[[int, str, str], None] = ignore
+    on_unserved: Callable[[int, str, str, str], None] = ignore
     inherited: socket.socket | None = None
     on_timeout: Callable[[str], None] = ignore
     bound: Address | None = attrs.field(default=None, init=False)
@@ -279,7 +280,7 @@ class Server:
         if isinstance(stream, trio.SSLStream) or excess > _MOST_TURNED_AWAY:
             return
         error = too_many_connections()
-        self._note_unserved(_peer(stream), error.status, error.message)
+        self._note_unserved(_peer(stream), error.status, error.message, error.code)
         headers, body = error.response()
         with trio.move_on_after(_TURN_AWAY_WITHIN):
             await stream.send_all(encode_response_head(error.status, headers) + body)
@@ -319,8 +320,14 @@ class Server:
         finally:
             self._connections.discard(connection)
 
-    def _note_unserved(self, client: tuple[str, int] | None, status: int, why: str) -> None:
-        self.on_unserved(status, why, client[0] if client is not None else "unknown")
+    def _note_unserved(
+        self,
+        client: tuple[str, int] | None,
+        status: int,
+        why: str,
+        code: str = "bad_http_request",
+    ) -> None:
+        self.on_unserved(status, code, why, client[0] if client is not None else "unknown")
 
     async def _serve_hypercorn(self, stream: Stream) -> None:
         app: Any = ASGIWrapper(self.app)  # type: ignore[arg-type]  # its own, narrower types

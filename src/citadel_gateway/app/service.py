@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import signal
 import ssl
@@ -102,7 +103,7 @@ class UnifiedAPIGatewayService:
         self._is_listening = False
         self._servers: list[Server] = []
         self._notifier = Notifier()
-        self._breaker_news = trio.Event()
+        self._rest_news = trio.Event()
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self.resolver.on_trouble = self._note_name_trouble
         self.resolver.on_change = lambda host: self.watch.note_change(host)
@@ -156,6 +157,7 @@ class UnifiedAPIGatewayService:
             metrics=self.metrics,
             suspect=lambda endpoint: self.watch.suspect(endpoint),
             draw=self._rng.random,
+            on_rest=lambda: self._rest_news.set(),
         )
         monitoring = config.monitoring
         return Generation(
@@ -449,7 +451,7 @@ class UnifiedAPIGatewayService:
         if self._background is not None:
             self._background.start_soon(self._run_generation, generation)
         previous.retire()
-        self._breaker_news.set()  # other breakers; and those who wait are called, as there is room
+        self._rest_news.set()  # other breakers; and those who wait are called, as there is room
         after = {u.endpoint.url for u in generation.balancer.upstreams}
         self.log.event(
             logging.INFO,
@@ -504,7 +506,7 @@ class UnifiedAPIGatewayService:
     def _background_tasks(self) -> dict[str, Callable[[], Any]]:
         tasks: dict[str, Callable[[], Any]] = {
             "upkeep": self._run_upkeep,
-            "breaker timers": self._run_breaker_timers,
+            "rest timers": self._run_rest_timers,
             "names": self.resolver.run,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
@@ -527,14 +529,14 @@ class UnifiedAPIGatewayService:
                 self.metrics.forget_absent(known, trio.current_time())
                 forget_at += _FORGET
 
-    async def _run_breaker_timers(self) -> None:
-        """Note when breakers have rested, and call those who wait for their endpoints."""
+    async def _run_rest_timers(self) -> None:
+        """Note when endpoints have rested, and call those who wait for them."""
         while True:
-            ends = [e.breaker.opens_again_at() for e in self.watch]
-            soonest = min((end for end in ends if end is not None), default=float("inf"))
+            now = trio.current_time()
+            soonest = min((e.rest_ends_at(now) for e in self.watch), default=math.inf)
             with trio.move_on_at(soonest):
-                await self._breaker_news.wait()
-            self._breaker_news = trio.Event()
+                await self._rest_news.wait()
+            self._rest_news = trio.Event()
             for endpoint in self.watch:
                 transition = endpoint.breaker.ripen(trio.current_time())
                 if transition is not None:
@@ -553,14 +555,14 @@ class UnifiedAPIGatewayService:
         extensions = {**scope["extensions"], MONITORING: {}}
         await self._quart({**scope, "extensions": extensions}, receive, send)
 
-    def _note_unserved(self, status: int, why: str, client: str) -> None:
-        """What came was no request, or came too early or too late to be one."""
+    def _note_unserved(self, status: int, code: str, why: str, client: str) -> None:
+        """What came was no request, or came too early or too late to be one, or to be heard."""
         now = self._now()
         record = RequestRecord(request_id="", route="", client=client, began=now, ended=now)
         if status == CLIENT_CLOSED_REQUEST:
             record.client_left()
         else:
-            record.refuse(status=status, code="bad_http_request", message=why)
+            record.refuse(status=status, code=code, message=why)
         self._note_end(record)
 
     def _note_answer(self, fields: dict[str, Any]) -> None:
@@ -568,7 +570,7 @@ class UnifiedAPIGatewayService:
             self.log.request(fields)
 
     def _note_transition(self, endpoint: Endpoint, transition: Transition) -> None:
-        self._breaker_news.set()
+        self._rest_news.set()
         self.metrics.changed(endpoint, transition)
         self.log.event(
             logging.WARNING,

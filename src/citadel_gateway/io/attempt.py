@@ -30,6 +30,7 @@ from citadel_gateway.wire.sse import EventTooLarge
 T = TypeVar("T")
 
 MAX_ERROR_BODY = 256 * 1024
+AFTER_DONE = 0.05  # for the end of a body whose last event was already here
 
 
 class Progress(Protocol):
@@ -190,7 +191,19 @@ class Attempt:
         if connection is not None:
             self.progress.hang_up = nobody_to_hang_up_on
             self.note_wait(connection)
+            if connection.is_ending:
+                self._bound_the_end(connection)
             await self.pool.release(connection)
+
+    def _bound_the_end(self, connection: Connection) -> None:
+        """Whoever does not end after the end is hung up on, lest he believes that we listen."""
+
+        def ring(request: int = connection.requests) -> None:
+            self.deadlines.discard(deadline)
+            connection.give_up_the_end(request)
+
+        deadline = self.deadlines.add(ring)
+        self.deadlines.move(deadline, trio.current_time() + AFTER_DONE)
 
     async def _exchange(self, connection: Connection) -> None:
         self.progress.phase = Phase.WAITING

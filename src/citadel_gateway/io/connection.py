@@ -44,6 +44,7 @@ class Connection:
     idle_since: float = attrs.field(default=0.0, init=False)
     requests: int = attrs.field(default=0, init=False)
     waited: float = attrs.field(default=0.0, init=False)  # seconds, for the upstream to speak
+    is_ending: bool = attrs.field(default=False, init=False)  # only its response's end is missing
     response: ResponseParser = attrs.field(factory=ResponseParser, init=False)
     _direct: socket.socket | None = attrs.field(default=None, init=False)
     _reading: anyio.CancelScope | None = attrs.field(default=None, init=False)
@@ -155,6 +156,36 @@ class Connection:
         except BadResponse as exc:
             self._mistake = exc
         return self.response.take_body()
+
+    def leave_the_end(self) -> bool:
+        """Do without what is left of the response, and wait for nobody.
+
+        False where only waiting tells whether it has ended.  Else it is :attr:`is_ending` until
+        :meth:`has_ended` says so.
+        """
+        if self._direct is None:
+            return False
+        is_good = self._sent and not (self._hung_up or self._interrupted)
+        self.is_ending = is_good and self.response.reusable
+        if self.is_ending:
+            self.has_ended()
+        return True
+
+    def has_ended(self) -> bool:
+        """Whether the end that was left is here by now."""
+        if self.is_flowing and (data := self.receive_now()):
+            self.take_in(data)
+        if self.response.complete:
+            self._busy = self.is_ending = False
+        elif not self.is_flowing:
+            self.is_ending = False  # nor will it
+        return self.response.complete
+
+    def give_up_the_end(self, request: int) -> None:
+        """Hang up unless the response to its *request* has ended."""
+        if self.is_ending and self.requests == request and not self.has_ended():
+            self.is_ending = False
+            self.hang_up()
 
     def is_reusable(self) -> bool:
         """Whether another request may follow, as far as the last one tells."""

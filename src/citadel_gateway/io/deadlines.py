@@ -31,17 +31,18 @@ class Deadline:
 class Deadlines:
     """All deadlines of one event loop; :meth:`run` watches them."""
 
-    _pending: set[Deadline] = attrs.field(factory=set, init=False)
+    # A dict, for its order: those due at the same time ring as they were made.
+    _pending: dict[Deadline, None] = attrs.field(factory=dict, init=False)
     _next: float = attrs.field(default=math.inf, init=False)  # not later than any deadline
     _sleep: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     def add(self, ring: Callable[[], None]) -> Deadline:
         deadline = Deadline(ring)
-        self._pending.add(deadline)
+        self._pending[deadline] = None
         return deadline
 
     def discard(self, deadline: Deadline) -> None:
-        self._pending.discard(deadline)
+        self._pending.pop(deadline, None)
 
     def move(self, deadline: Deadline, due: float) -> None:
         deadline.due = due

@@ -49,16 +49,24 @@ class ConnectionPool:
     async def reuse(self, origin: Origin) -> Connection | None:
         """An idle connection to *origin*, if there is a good one; waits for nobody."""
         idle = self._idle.get(origin)
-        while idle:
+        ending: tuple[Connection, ...] = ()  # they have a moment yet to come to their ends
+        found = None
+        while idle and found is None:
             connection = idle.pop()
-            if (
+            if connection.is_ending and not connection.has_ended():
+                ending = (connection, *ending)
+            elif (
                 self.clock() - connection.idle_since < self.keepalive
                 and self.is_current(connection.stream)
                 and not connection.is_stale()
+                and not connection.response.surplus
             ):
-                return connection
-            await self._discard(connection)
-        return None
+                found = connection
+            else:
+                await self._discard(connection)
+        if idle is not None:
+            idle.extend(ending)
+        return found
 
     async def open(self, origin: Origin) -> Connection:
         """A new connection to *origin*.  Raises ``OSError`` when it cannot be opened."""
@@ -69,7 +77,8 @@ class ConnectionPool:
         idle = self._idle.get(connection.origin)
         if idle is None:
             idle = self._idle[connection.origin] = deque()
-        if self._closed or not connection.is_reusable() or len(idle) >= self.most_idle:
+        is_good = connection.is_ending or connection.is_reusable()
+        if self._closed or not is_good or len(idle) >= self.most_idle:
             await self._discard(connection)
             return
         connection.idle_since = self.clock()

@@ -35,6 +35,7 @@ class Outcome(enum.Enum):
     QUEUE_TIMEOUT = "queue_timeout"
     NO_BACKEND = "no_healthy_backend"
     DRAINING = "draining"
+    TOO_MANY_CONNECTIONS = "too_many_connections"
     UPSTREAM_REJECTED = "upstream_rejected"
     UPSTREAM_ERROR = "upstream_error"
     TIMEOUT = "timeout"
@@ -61,6 +62,7 @@ _BY_CODE = {
     "queue_timeout": Outcome.QUEUE_TIMEOUT,
     "no_healthy_backend": Outcome.NO_BACKEND,
     "draining": Outcome.DRAINING,
+    "too_many_connections": Outcome.TOO_MANY_CONNECTIONS,
     "internal_error": Outcome.INTERNAL_ERROR,
 }
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import attrs
 import trio
 
-from citadel_gateway.io.attempt import MAX_ERROR_BODY, Attempt, read_all
+from citadel_gateway.io.attempt import AFTER_DONE, MAX_ERROR_BODY, Attempt, read_all
 from citadel_gateway.io.connection import Connection, Interrupted
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.pump import Pump
@@ -21,12 +21,11 @@ from citadel_gateway.wire.headers import first
 from citadel_gateway.wire.http1_response import BadResponse, CutShort
 from citadel_gateway.wire.openai_answer import EngineError, NotAnAnswer, raise_if_error
 from citadel_gateway.wire.openai_stream import EventKind, StreamReader
-from citadel_gateway.wire.seam import Seam
+from citadel_gateway.wire.seam import Diverged, Seam
 from citadel_gateway.wire.sse import DONE, EventSplitter
 
 _MAX_HELD_EVENTS = 64
 _MAX_HELD_BYTES = 256 * 1024
-_AFTER_DONE = 0.05  # for the end of a body whose last event was already here
 
 
 class Sink(Protocol):
@@ -87,10 +86,14 @@ class StreamRelay:
         attempt.expect_first_token()
         try:
             await self._read(connection)
-        except (BadResponse, OSError, Interrupted, UpstreamFailure):
+        except Diverged:
+            raise  # whole as that may be, it is another answer
+        except (BadResponse, OSError, Interrupted, UpstreamFailure, EngineError, NotAnAnswer):
             if not (self._has_content and reader.is_whole):
                 raise
             # All has been said, so nobody will miss what would have come behind it.
+            await self._finish(connection)
+            return
         if not reader.is_whole:
             if self._has_content:
                 await self._flush(connection)
@@ -225,12 +228,15 @@ class StreamRelay:
 
 
 async def read_to_end(connection: Connection) -> None:
-    """Wait a moment for the end of a body, so that its connection can be used again.
+    """Let a body come to its end, so that its connection can be used again.
 
-    The client has its answer: whatever goes wrong now costs the connection and nothing else.
+    The client has its answer: whatever goes wrong now costs the connection and nothing else.  Where
+    the end can be read by whoever uses the connection next, nobody waits for it.
     """
+    if connection.leave_the_end():
+        return
     # Shielded: clients hang up on [DONE], which must not turn a success into a cancellation.
-    with trio.move_on_after(_AFTER_DONE, shield=True), suppress(BadResponse, OSError, Interrupted):
+    with trio.move_on_after(AFTER_DONE, shield=True), suppress(BadResponse, OSError, Interrupted):
         await connection.read_body()
 
 

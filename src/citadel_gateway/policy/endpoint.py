@@ -169,6 +169,12 @@ class Endpoint:
             rest_ends = now + self.breaker.retry_after(now)
         return max(self.cooling_until, rest_ends)
 
+    def rest_ends_at(self, now: float) -> float:
+        """When time alone lets it take requests again, at the soonest; infinity if it rests not."""
+        breaker_ends = self.breaker.opens_again_at()
+        ends = math.inf if breaker_ends is None else breaker_ends
+        return min(ends, self.cooling_until) if self.cooling_until > now else ends
+
     def cool_down(self, seconds: float, now: float) -> None:
         """It asked to be left alone: pick others until then."""
         self.cooling_until = max(self.cooling_until, now + seconds)

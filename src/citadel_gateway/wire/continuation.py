@@ -50,6 +50,7 @@ class Continuation:
 
     :param repeats: white space at the end of what was delivered, of which the engine is not told.
     :param only_ends: all the tokens that were asked for are there.
+    :param is_anew: nothing was delivered that the engine could be told.
     """
 
     way: Way
@@ -57,6 +58,7 @@ class Continuation:
     delivered: Delivered
     repeats: str = ""
     only_ends: bool = False
+    is_anew: bool = False
 
     def make_seam(self) -> Seam:
         """For one attempt."""
@@ -64,7 +66,14 @@ class Continuation:
         if self.way is Way.REPLAY:
             text, thought = delivered.text.decode(), delivered.thought.decode()
             return Seam(delivered, text, thought, is_replay=True)
-        return Seam(delivered, self.repeats, "", is_replay=False, is_mute=self.only_ends)
+        return Seam(
+            delivered,
+            self.repeats,
+            "",
+            is_replay=False,
+            is_mute=self.only_ends,
+            is_anew=self.is_anew,
+        )
 
 
 def may_be_continued(request: InferenceRequest) -> bool:
@@ -105,13 +114,15 @@ def resume(
         changes["messages"] = orjson.Fragment(_with_message(request.body, text))
         if prefill is Prefill.FLAGGED:
             changes |= {"continue_final_message": True, "add_generation_prompt": False}
-    only_ends = _ask_for_the_rest(fields, changes, delivered.tokens)
+    # Who begins anew says the white space once more, and spends tokens on it.
+    only_ends = bool(text) and _ask_for_the_rest(fields, changes, delivered.tokens)
     return Continuation(
         way=Way.RESUME,
         request=attrs.evolve(request, body=set_members(request.body, fields, changes)),
         delivered=delivered,
         repeats=whole[len(text) :],
         only_ends=only_ends,
+        is_anew=not text,
     )
 
 

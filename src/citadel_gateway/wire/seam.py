@@ -33,6 +33,7 @@ class Seam:
     :param is_replay: it must repeat them exactly.  Else *text* is white space, which models put in
         front of a word rather than behind the last one, so they are asked to go on without it.
     :param is_mute: all the text is there, and only the end is missing.
+    :param is_anew: of what was delivered, the second engine was told nothing.
     """
 
     delivered: Delivered
@@ -40,12 +41,16 @@ class Seam:
     thought: str
     is_replay: bool
     is_mute: bool = False
+    is_anew: bool = False
     _text_at: int = attrs.field(default=0, init=False)
     _thought_at: int = attrs.field(default=0, init=False)
     _tokens_before: int = attrs.field(init=False)
+    _repeated: int = attrs.field(default=0, init=False)  # tokens, which are counted once already
+    _has_role: bool = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._tokens_before = self.delivered.tokens
+        self._has_role = self.delivered.has_role
 
     def join(self, chunk: dict[str, Any]) -> bytes:
         """*chunk* as an event of the first stream; nothing if it has nothing new to say.
@@ -74,11 +79,12 @@ class Seam:
         before, prompt = self._tokens_before, second.prompt_tokens
         if self.is_replay:
             return Usage(prompt, max(before, second.completion_tokens))
+        told = 0 if self.is_anew else before - self._repeated
         if self.delivered.prompt_tokens is not None:
             prompt = self.delivered.prompt_tokens
-        elif prompt > before:
-            prompt -= before
-        new = 0 if self.is_mute else second.completion_tokens
+        elif prompt > told:
+            prompt -= told
+        new = 0 if self.is_mute else max(0, second.completion_tokens - self._repeated)
         return Usage(prompt, before + new)
 
     def _take_identity(self, chunk: dict[str, Any]) -> None:
@@ -97,6 +103,7 @@ class Seam:
         if isinstance(text := choice.get("text"), str) and text:
             choice["text"] = text = self._new_text(text)
             says_something = bool(text)
+            self._repeated += not (text or self.is_mute)
         if isinstance(delta := choice.get("delta"), dict):
             says_something = self._join_delta(delta)
         if choice.get("finish_reason"):
@@ -105,14 +112,16 @@ class Seam:
         return says_something
 
     def _join_delta(self, delta: dict[str, Any]) -> bool:
-        if self.delivered.has_role:
+        if self._has_role:
             delta.pop("role", None)
+        self._has_role = self._has_role or bool(delta.get("role"))
         says_something = False
         for name, value in delta.items():
             if not value:
                 continue
             if name == "content" and isinstance(value, str):
                 delta[name] = value = self._new_text(value)
+                self._repeated += not (value or self.is_mute)
             elif name in _THOUGHTS and isinstance(value, str):
                 delta[name] = value = self._new_thought(value)
             elif name != "role":
