@@ -521,6 +521,7 @@ def nobody_is_asked_twice(run: Run) -> Iterator[str]:
                 _is_stale(job)
                 or job.refused_usage
                 or _asked_for_time(job)
+                or _was_outrun(job, jobs)
                 or _may_replay_instead(run, job)
             ):
                 failed.add(job.host)
@@ -857,6 +858,14 @@ def _was_heard(run: Run, job: Job) -> bool:
 
 def _overlap(first: Job, second: Job) -> bool:
     return second.began < _over(first) - _SAME and first.began < _over(second) - _SAME
+
+
+def _was_outrun(job: Job, jobs: list[Job]) -> bool:
+    """Whether it was called off because another one had its first content."""
+    firsts = [other.content_at for other in jobs if other is not job and _overlap(job, other)]
+    return job.end is End.LEFT and any(
+        at is not None and at <= _over(job) <= at + _SAME for at in firsts
+    )
 
 
 def _came_with_a_clock(run: Run, job: Job) -> bool:
