@@ -280,6 +280,19 @@ async def test_a_body_that_nobody_reads_is_held_back(autojump_clock: object) -> 
         assert (await talk.fetch("/b", "POST", body=b"x")).body == b"POST /b x"
 
 
+async def test_what_was_never_read_does_not_use_up_the_connection(
+    autojump_clock: object,
+) -> None:
+    async with talking() as talk:
+        for _ in range(5):
+            found = talk.client.open("POST", "/slow", end=False)
+            await talk.client.upload(found, 400_000)
+            await talk.client.finish(found)
+            assert found.body == b"/slow"
+
+        assert (await talk.fetch("/b", "POST", body=b"x")).body == b"POST /b x"
+
+
 async def test_who_answers_early_wants_no_more_of_the_body(autojump_clock: object) -> None:
     async with talking() as talk:
         for _ in range(10):  # what is not read must not use up the connection's window

@@ -161,6 +161,7 @@ class Http2Protocol(H2Protocol):
         await self._handle_events(events)
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        """Priorities are advice that nobody has to take (RFC 9113, section 5.3.2)."""
         owner = self.owner
         for event in events:
             match event:
@@ -231,9 +232,6 @@ class Http2Protocol(H2Protocol):
         with suppress(h2.exceptions.ProtocolError):  # it has been by now, or all is over
             self.connection.reset_stream(stream_id, code)
         self.collect()
-
-    async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
-        """Advice that nobody has to take (RFC 9113, section 5.3.2), and a tree without end."""
 
     async def _send_data(self, stream_id: int) -> None:
         buffer = self.stream_buffers[stream_id]

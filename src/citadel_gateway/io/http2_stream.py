@@ -164,7 +164,8 @@ class Http2Stream:
         await self.protocol.stream_send(InformationalResponse(self.id, [], 100))
 
     async def send_head(self, status: int, headers: Headers) -> None:
-        await send_head(self.protocol, self.id, status, headers)
+        """Of *headers*, h2 leaves out what concerns a connection of HTTP/1.1."""
+        await self.protocol.stream_send(Response(self.id, headers, status))
 
     async def send_body(self, data: bytes, *, last: bool) -> None:
         try:
@@ -181,13 +182,7 @@ async def refuse(protocol: Http2Protocol, stream_id: int, refusal: BadRequest) -
     """Answer what is no request that we take."""
     headers, body = bad_http_request(str(refusal), status=refusal.status).response()
     with suppress(trio.BrokenResourceError):
-        await send_head(protocol, stream_id, refusal.status, headers)
+        await protocol.stream_send(Response(stream_id, headers, refusal.status))
         if not refusal.to_head:
             await protocol.stream_send(Body(stream_id, body))
         await protocol.stream_send(EndBody(stream_id))
-
-
-async def send_head(protocol: Http2Protocol, stream_id: int, status: int, headers: Headers) -> None:
-    """What an answer says of its connection is for HTTP/1.1 alone."""
-    headers = [pair for pair in headers if pair[0] != b"connection"]
-    await protocol.stream_send(Response(stream_id, headers, status))
