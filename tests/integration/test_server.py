@@ -438,12 +438,15 @@ async def test_an_upload_over_tls_can_read_why_it_was_refused(
         assert (answer.status, answer.complete) == (413, True)
 
 
-async def test_http_2_is_not_offered(authority: trustme.CA, cert: tuple[str, str]) -> None:
-    async with serving(cert=cert) as running:
+@pytest.mark.parametrize(("http2", "chosen"), [(True, "h2"), (False, "http/1.1")])
+async def test_http_2_is_offered_unless_it_is_turned_off(
+    http2: bool, chosen: str, authority: trustme.CA, cert: tuple[str, str]
+) -> None:
+    async with serving(cert=cert, http2=http2) as running:
         stream = await connect_tls(running, authority, ["h2", "http/1.1"])
         await trio.aclose_forcefully(stream)
 
-        assert stream.selected_alpn_protocol() == "http/1.1"
+        assert stream.selected_alpn_protocol() == chosen
 
 
 async def test_a_handshake_that_does_not_come_is_given_up(cert: tuple[str, str]) -> None:

@@ -1,8 +1,9 @@
 """Listening, serving and stopping.
 
-Hypercorn's configuration sets up TLS.  HTTP/1.1 is spoken by our own connection class unless
-``service.server`` says otherwise, and nothing else is offered.  Every connection runs behind a
-boundary: whatever goes wrong in it ends it alone.
+Hypercorn's configuration sets up TLS, and ALPN says which protocol a client gets: HTTP/2 on
+Hypercorn's frames, or HTTP/1.1, which is spoken by our own connection class unless
+``service.server`` says otherwise.  Every connection runs behind a boundary: whatever goes wrong in
+it ends it alone.
 
 Stopping is three nested facts: readiness turns red, listeners close, and a deadline is set for
 the requests that are still running.
@@ -41,6 +42,7 @@ from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.departures import Departures
 from citadel_gateway.io.http1_exchange import App
 from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ignore
+from citadel_gateway.io.http2_server import Http2Connection
 from citadel_gateway.io.listening import refuse_newcomers
 from citadel_gateway.io.tcp_stream import TcpStream
 from citadel_gateway.wire.http1_response import encode_response_head
@@ -96,7 +98,7 @@ class Server:
     inherited: socket.socket | None = None
     on_timeout: Callable[[str], None] = ignore
     bound: Address | None = attrs.field(default=None, init=False)
-    _connections: set[HttpConnection] = attrs.field(factory=set, init=False)
+    _connections: set[HttpConnection | Http2Connection] = attrs.field(factory=set, init=False)
     _streams: set[Stream] = attrs.field(factory=set, init=False)
     _emptied: trio.Event = attrs.field(factory=trio.Event, init=False)
     _promises: bool = attrs.field(default=True, init=False)
@@ -292,6 +294,9 @@ class Server:
         if isinstance(stream, trio.SSLStream):
             with trio.fail_after(self.config.header_timeout):
                 await stream.do_handshake()
+            if stream.selected_alpn_protocol() == "h2":
+                await self._serve_http2(stream)
+                return
         if self.config.server is HttpServer.HYPERCORN:
             await self._serve_hypercorn(stream)
         else:
@@ -312,6 +317,25 @@ class Server:
             on_unserved=partial(self._note_unserved, client),
             on_timeout=self.on_timeout,
         )
+        await self._run(connection)
+
+    async def _serve_http2(self, stream: Stream) -> None:
+        client = _peer(stream)
+        connection = Http2Connection(
+            app=self.app,
+            stream=stream,
+            limits=self._limits,
+            config=self._hypercorn,
+            deadlines=self._deadlines,
+            departures=self._departures,
+            on_crash=partial(self.on_crash, "application"),
+            client=client,
+            server=_address(_tcp(stream).socket.getsockname()),
+            on_unserved=partial(self._note_unserved, client),
+        )
+        await self._run(connection)
+
+    async def _run(self, connection: HttpConnection | Http2Connection) -> None:
         if not self._promises:
             connection.promise_nothing()
         self._connections.add(connection)
@@ -414,8 +438,7 @@ def _hypercorn_config(address: Address, service: ServiceConfig) -> HypercornConf
     config.certfile, config.keyfile = address.certfile, address.keyfile
     config.keep_alive_timeout = service.keep_alive_timeout
     config.graceful_timeout = service.drain_timeout
-    # HTTP/2 would let a client hold an answer, and with it a slot, by its own flow control.
-    config.alpn_protocols = ["http/1.1"]
+    config.alpn_protocols = ["h2", "http/1.1"] if service.http2 else ["http/1.1"]
     config.h11_max_incomplete_size = 16 * 1024
     config.include_server_header = False
     config.accesslog = None

@@ -66,6 +66,7 @@ class ServiceConfig:
         Count(4), "Worker processes asked for; this version serves with one, and says so."
     )
     server: HttpServer = option(HttpServer.LLHTTP, "Who speaks HTTP/1.1 to clients.")
+    http2: bool = option(True, "Offer HTTP/2 to clients, besides HTTP/1.1, where TLS is on.")
     lame_duck: Grace = option(
         Grace(0.5), "Seconds to go on accepting after readiness turned red, on SIGTERM."
     )

@@ -30,8 +30,7 @@ EXCHANGE = "citadel.exchange"
 An application that knows it answers through it, and is cancelled when the client leaves.
 """
 
-
-_BODILESS = frozenset({204, 304})
+BODILESS = frozenset({204, 304})
 
 
 class ResponseAborted(Exception):
@@ -174,7 +173,7 @@ class Exchange:
                     sized = sized or lowered == b"content-length"
                     headers.append((lowered, value))
         status = self._announced["status"]
-        if last and not sized and status not in _BODILESS:
+        if last and not sized and status not in BODILESS:
             headers.append((b"content-length", b"%d" % len(body)))
             sized = True
         await self._start(status, headers, body, sized=sized, keep=keep, last=last)
@@ -236,9 +235,9 @@ class Exchange:
         request = self.request
         if not request.complete:
             self.connection.want_no_more()
-        self._bodiless = request.method == "HEAD" or status in _BODILESS
+        self._bodiless = request.method == "HEAD" or status in BODILESS
         self._chunked = False
-        if sized or status in _BODILESS:
+        if sized or status in BODILESS:
             pass
         elif request.version == "1.1":
             headers.append((b"transfer-encoding", b"chunked"))

@@ -25,6 +25,7 @@ from citadel_gateway.errors import bad_http_request
 from citadel_gateway.io.deadlines import Deadline, Deadlines
 from citadel_gateway.io.departures import MOST_AHEAD, Departures, ReadAhead, socket_of
 from citadel_gateway.io.http1_exchange import App, Exchange, Fate, Message, http_date
+from citadel_gateway.io.lingering import linger
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST
 from citadel_gateway.io.tcp_stream import TcpStream
 from citadel_gateway.wire.http1_request import RequestParser
@@ -35,8 +36,6 @@ from citadel_gateway.wire.incoming_request import IncomingRequest
 _READ = 64 * 1024
 _WRITE = 64 * 1024  # how much a client must take within `write_timeout`
 _MOST_READS_AHEAD = 64  # at once: others want a turn
-_LINGER_BYTES = 32 * 2**20
-_LINGER_SECONDS = 2.0
 
 
 def ignore(*_: object) -> None:
@@ -267,27 +266,11 @@ class HttpConnection:
             await self.write(head if refusal.to_head else head + body)
 
     async def _linger(self) -> None:
-        """Let the client read our last answer before the connection goes.
-
-        Closing a socket with unread bytes in it sends a reset, which may destroy what is on its
-        way to the client.  So say that we are done, and read on for a moment.
-        """
-        stream = self.stream
-        if isinstance(stream, ReadAhead):
-            stream = stream.stream
-        if isinstance(stream, trio.SSLStream):
-            stream = stream.transport_stream  # TLS itself cannot be closed by halves
-        if not isinstance(stream, trio.abc.HalfCloseableStream):
-            return
-        read = self.stream if isinstance(self.stream, ReadAhead) else stream
-        most = _LINGER_BYTES
-        with (
-            trio.move_on_after(_LINGER_SECONDS),
-            suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError),
-        ):
-            await stream.send_eof()
-            while most > 0 and (data := await read.receive_some(_READ)):
-                most -= len(data)
+        """Let the client read our last answer before the connection goes."""
+        if isinstance(self.stream, ReadAhead):
+            await linger(self.stream.stream, self.stream)
+        else:
+            await linger(self.stream)
 
     # Reading.
 

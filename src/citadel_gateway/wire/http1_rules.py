@@ -35,11 +35,16 @@ def check_line(method: bytes, target: bytes, version: str) -> bytes:
     """The request line as it must have been sent.  Raises :class:`BadRequest`."""
     if version not in _SPOKEN:
         raise BadRequest(505, VERSIONS)
+    check_target(method, target)
+    return b"%b %b HTTP/%b\r\n" % (method, target, version.encode())
+
+
+def check_target(method: bytes, target: bytes) -> None:
+    """What is asked for, in whichever version.  Raises :class:`BadRequest`."""
     if method in _UNSAFE:
         raise BadRequest(405, f"{method.decode()} is not allowed")
     if not _TARGET.match(target):
         raise BadRequest(400, "the request target is not a path")
-    return b"%b %b HTTP/%b\r\n" % (method, target, version.encode())
 
 
 def check_fields(fields: Fields, version: str) -> tuple[int | None, bool]:
