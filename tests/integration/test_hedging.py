@@ -704,6 +704,7 @@ async def test_crowds_over_sockets_are_each_answered_by_one_engine_and_leave_not
                 "service": {"host": "127.0.0.1", "port": 0},
                 "monitoring": {"prometheus_port": None},
                 "load_balancer": {"retry_budget_floor": 1000},
+                "performance": {"max_concurrent_requests": 200},  # room for a hedge of each
                 "models": {
                     "m": {
                         "endpoints": [{"url": f"http://127.0.0.1:{port}"} for port in ports],
