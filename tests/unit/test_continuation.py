@@ -317,6 +317,11 @@ def test_who_was_told_nothing_of_it_begins_anew() -> None:
     assert seam.join(delta(content="a"))
 
     assert usage_of(seam, 11, 2) == Usage(11, 2)
+    seam = resumed.make_seam()
+    [chunk] = chunks_of(seam.join(delta(content="\n\na")))
+    assert chunk["choices"][0]["delta"] == {"content": "a"}
+
+    assert usage_of(seam, 11, 2) == Usage(11, 2)  # two tokens in one event
 
 
 def test_whose_message_it_is_is_said_once() -> None:

@@ -77,8 +77,9 @@ class WaitingSink:
     async def end_waiting(self) -> None:
         """No more comments from now on; one that is on its way arrives."""
         if not self._over:
+            self._over = True
             async with self._writing:  # a comment may be on its way to a client that reads slowly
-                self._over = True
+                pass
 
 
 async def kept_alive(
