@@ -68,7 +68,7 @@ class Seam:
             usage["prompt_tokens"] = joined.prompt_tokens
             usage["completion_tokens"] = joined.completion_tokens
             usage["total_tokens"] = joined.prompt_tokens + joined.completion_tokens
-            says_something = True
+            says_something = says_something or not chunk.get("choices")
         return encode_event(orjson.dumps(chunk)) if says_something else b""
 
     def usage(self, second: Usage) -> Usage:
