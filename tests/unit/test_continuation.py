@@ -307,6 +307,13 @@ def test_white_space_that_is_said_twice_is_counted_once() -> None:
     assert usage_of(seam, 11 + 1, 2) == Usage(11, 3)
 
 
+def test_a_repeated_token_is_not_passed_on_for_the_sake_of_its_count() -> None:
+    seam = Seam(told("", delta(content="a"), delta(content="\n")), "\n", "", is_replay=False)
+    usage = {"prompt_tokens": 12, "completion_tokens": 1}
+
+    assert seam.join({**delta(content="\n"), "usage": usage}) == b""
+
+
 def test_who_was_told_nothing_of_it_begins_anew() -> None:
     asked = chat(max_tokens=2)
     resumed = resume(asked, told("\n\n"), Prefill.NONE)
@@ -317,6 +324,11 @@ def test_who_was_told_nothing_of_it_begins_anew() -> None:
     assert seam.join(delta(content="a"))
 
     assert usage_of(seam, 11, 2) == Usage(11, 2)
+    seam = resumed.make_seam()
+    [chunk] = chunks_of(seam.join(delta(content="\n\na")))
+    assert chunk["choices"][0]["delta"] == {"content": "a"}
+
+    assert usage_of(seam, 11, 2) == Usage(11, 2)  # two tokens in one event
 
 
 def test_whose_message_it_is_is_said_once() -> None:

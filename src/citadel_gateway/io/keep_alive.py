@@ -47,18 +47,18 @@ class WaitingSink:
         await self.sink.start_early(data)
 
     async def start(self, data: bytes) -> None:
-        await self._end_waiting()
+        await self.end_waiting()
         if self.begun:
             await self.sink.write(data)
         else:
             await self.sink.start(data)
 
     async def write(self, data: bytes) -> None:
-        await self._end_waiting()
+        await self.end_waiting()
         await self.sink.write(data)
 
     async def finish(self, data: bytes) -> None:
-        await self._end_waiting()
+        await self.end_waiting()
         await self.sink.finish(data)
 
     async def comment(self, every: float) -> None:
@@ -75,10 +75,12 @@ class WaitingSink:
                 else:
                     await self.sink.write(COMMENT)
 
-    async def _end_waiting(self) -> None:
+    async def end_waiting(self) -> None:
+        """No more comments from now on; one that is on its way arrives."""
         if not self._over:
+            self._over = True
             async with self._writing:  # a comment may be on its way to a client that reads slowly
-                self._over = True
+                pass
 
 
 async def kept_alive(
@@ -100,6 +102,7 @@ async def kept_alive(
                 result = await work(waiting)
             except Exception as exc:
                 failure = exc  # out of the nursery, which would wrap it in a group
+                await waiting.end_waiting()  # behind half a comment nobody could say what is wrong
             nursery.cancel_scope.cancel(reason="nobody waits any more")
     if failure is not None:
         raise failure

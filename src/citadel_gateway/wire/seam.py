@@ -46,6 +46,7 @@ class Seam:
     _thought_at: int = attrs.field(default=0, init=False)
     _tokens_before: int = attrs.field(init=False)
     _repeated: int = attrs.field(default=0, init=False)  # tokens, which are counted once already
+    _is_level: bool = attrs.field(default=False, init=False)  # all of *text* was repeated
     _has_role: bool = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -67,7 +68,7 @@ class Seam:
             usage["prompt_tokens"] = joined.prompt_tokens
             usage["completion_tokens"] = joined.completion_tokens
             usage["total_tokens"] = joined.prompt_tokens + joined.completion_tokens
-            says_something = True
+            says_something = says_something or not chunk.get("choices")
         return encode_event(orjson.dumps(chunk)) if says_something else b""
 
     def usage(self, second: Usage) -> Usage:
@@ -79,12 +80,13 @@ class Seam:
         before, prompt = self._tokens_before, second.prompt_tokens
         if self.is_replay:
             return Usage(prompt, max(before, second.completion_tokens))
-        told = 0 if self.is_anew else before - self._repeated
+        repeated = before if self.is_anew and self._is_level else self._repeated
+        told = 0 if self.is_anew else before - repeated
         if self.delivered.prompt_tokens is not None:
             prompt = self.delivered.prompt_tokens
         elif prompt > told:
             prompt -= told
-        new = 0 if self.is_mute else max(0, second.completion_tokens - self._repeated)
+        new = 0 if self.is_mute else max(0, second.completion_tokens - repeated)
         return Usage(prompt, before + new)
 
     def _take_identity(self, chunk: dict[str, Any]) -> None:
@@ -139,6 +141,7 @@ class Seam:
             return said
         repeated = _common(self.text, self._text_at, said)
         self._text_at += repeated
+        self._is_level = repeated == left
         if repeated in (left, len(said)):
             return said[repeated:]
         if self.is_replay:
