@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from citadel_gateway.config.loader import parse
 from citadel_gateway.policy.circuit_breaker import State
 from tests.support import scripted_engine as engines
 from tests.support.canonical_engine import SHAPES, Canonical
@@ -418,6 +419,36 @@ async def test_a_broken_stream_waits_for_a_slot_in_front_of_newer_requests(
 
     assert order[0] == "broken"
     assert_whole(next(r for r in results if text(r) == engine.text), engine)
+
+
+async def test_an_endpoint_that_comes_meanwhile_and_cannot_go_on_is_no_obstacle(
+    autojump_clock: MockClock,
+) -> None:
+    """By another configuration, while the stream waits for a slot of one that can."""
+    engine, busy = Canonical(TOKENS), Script([sleep(9), *engines.whole_chat("x").steps])
+
+    def config(*others: dict[str, Any]) -> dict[str, Any]:
+        known = [{"url": endpoint(h), "engine": "vllm", "max_concurrent": 1} for h in "ab"]
+        model = {"endpoints": [*known, *others]}
+        return dict(fleet({"m": model}, load_balancer=OTHER_LIMITS))
+
+    async with running_gateway(config(), hosts=["c"]) as world, trio.open_nursery() as nursery:
+        world.engines["a"].default = engine.breaks("one", 4, sleep(2), close())
+        world.engines["b"].default = lambda e: engine.answer("two")(e) if engine.given(e) else busy
+        answers: list[RawResponse] = []
+
+        async def stream() -> None:
+            answers.append(await ask(world, engine))
+
+        nursery.start_soon(stream)
+        await trio.sleep(0.1)
+        nursery.start_soon(world.ask, "m")
+        await trio.sleep(3)
+        stranger = {"url": endpoint("c"), "engine": "openai"}
+        await world.service.adopt(parse(config(stranger), source="test"))
+
+    assert_whole(_without_comments(answers[0]), engine)
+    assert world.engines["c"].posts == []
 
 
 async def test_a_stream_may_be_continued_long_after_its_first_deadline(

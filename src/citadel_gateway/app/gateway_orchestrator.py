@@ -174,7 +174,7 @@ class GatewayOrchestrator:
             match ticket.outcome:
                 case Slot(endpoint=endpoint):
                     record.model, record.endpoint = endpoint.model, endpoint.url
-                    return journey.group.upstreams[endpoint]
+                    return journey.upstream(endpoint)
                 case Nobody(retry_after=wait) if not journey.next_group():
                     if journey.failure is not None:
                         raise journey.failure
@@ -211,10 +211,10 @@ class GatewayOrchestrator:
     ) -> WholeAnswer | None:
         job, endpoint = journey.job, upstream.endpoint
         record = job.record
-        record.attempts += 1
         journey.asked_usage = upstream.asks_usage
         model = self.balancer.models[endpoint.model].config
         continuation = journey.continuation(upstream)
+        record.attempts += 1
         request = job.request if continuation is None else continuation.request
         as_stream = request.stream or upstream.is_deaf(request.kind)
         call = Call(
@@ -320,7 +320,7 @@ class GatewayOrchestrator:
             return False
         if _refuses_usage(journey, failure):
             upstream.asks_usage = False  # once more, with what it understands
-            journey.aim_again(upstream.endpoint)
+            journey.aim_again(upstream)
             return True
         if journey.rescue is not None and journey.rescue.may_replay_instead(upstream, failure):
             journey.aim()
@@ -375,7 +375,7 @@ class GatewayOrchestrator:
             journey.tried = tried
             journey.aim()
         else:
-            journey.aim_again(upstream.endpoint)
+            journey.aim_again(upstream)
         journey.needs_fresh = True
         return True
 
@@ -423,6 +423,7 @@ class _Journey:
     delivered: Delivered | None = attrs.field(default=None, init=False)  # by a stream that broke
     rescue: Rescue | None = attrs.field(default=None, init=False)
     group: Group = attrs.field(init=False)
+    again: Upstream = attrs.field(init=False)  # may be asked once more, and leave its group first
     ticket: Ticket = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -449,7 +450,7 @@ class _Journey:
         found = self.rescue.continuation(upstream)
         if found is None:  # it has only just come to be known
             error = self.rescue.failure.error
-            raise UpstreamFailure(error, Judgement(Retry.NEVER, Verdict.NO_OPINION))
+            raise UpstreamFailure(error, Judgement(Retry.SAFE, Verdict.NO_OPINION))
         return found
 
     @property
@@ -475,9 +476,14 @@ class _Journey:
         self.ticket.group = (self.group, tried) if tried else self.group
         self.ticket.choose = partial(self.group.choose, tried)
 
-    def aim_again(self, endpoint: Endpoint) -> None:
+    def upstream(self, endpoint: Endpoint) -> Upstream:
+        """How to speak to *endpoint*, which is in its group, or was when it was asked before."""
+        return self.group.upstreams.get(endpoint) or self.again
+
+    def aim_again(self, upstream: Upstream) -> None:
         """The same; an endpoint that has been cordoned meanwhile may finish what it has begun."""
         self.aim()
+        self.again, endpoint = upstream, upstream.endpoint
         if endpoint.cordoned:
             self.ticket.group = (self.group, endpoint)
             self.ticket.choose = partial(_finish_there, endpoint)

@@ -432,8 +432,7 @@ class UnifiedAPIGatewayService:
         waitroom = self.admission.waitroom
         waitroom.seats = config.performance.max_concurrent_requests
         waitroom.patience = config.load_balancer.queue_timeout
-        waitroom.lower_share = config.load_balancer.lower_priority_share
-        waitroom.resize(config.load_balancer.queue_size)
+        waitroom.resize(config.load_balancer.queue_size, config.load_balancer.lower_priority_share)
         self.resolver.ttl = config.load_balancer.dns_ttl
         self.log.level = _level(config)
         if self._dialer is not None:

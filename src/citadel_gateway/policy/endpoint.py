@@ -99,12 +99,17 @@ class Endpoint:
         return (self.health.healthy or self.is_needed) and not self.cordoned
 
     def resize(self, most: int, floor: int | None, slow_start: SlowStart) -> None:
-        """Have other limits: *most* requests at once, and no less than *floor* if it adapts."""
+        """Have other limits: *most* requests at once, and no less than *floor* if it adapts.
+
+        Where it is on its way to its whole share, :meth:`warm_up` tells.
+        """
         self.max_concurrent, self.slow_start = most, slow_start
         if floor is None:
             self.adaptive = None
-        elif self.adaptive is None or (self.adaptive.floor, self.adaptive.ceiling) != (floor, most):
+        elif self.adaptive is None:
             self.adaptive = AdaptiveLimit(floor, most)
+        else:
+            self.adaptive.renew(floor, most)
         self._refit()
 
     def has_room(self) -> bool:
