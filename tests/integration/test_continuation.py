@@ -451,6 +451,51 @@ async def test_an_endpoint_that_comes_meanwhile_and_cannot_go_on_is_no_obstacle(
     assert world.engines["c"].posts == []
 
 
+CARDS: dict[str, dict[str, Any]] = {
+    "vllm": {"root": "/m", "parent": None, "max_model_len": 4096, "permission": []},
+    "sglang": {"root": "/m", "parent": None, "max_model_len": 4096},
+}
+
+
+@pytest.mark.parametrize("engine", CARDS)
+async def test_an_engine_that_shows_what_it_is_need_not_be_named(
+    autojump_clock: MockClock, engine: str
+) -> None:
+    speech = Canonical(TOKENS, engine)
+    card = {"id": "m", "object": "model", "created": 1, "owned_by": engine, **CARDS[engine]}
+    listing = orjson.dumps({"object": "list", "data": [card]})
+    async with running_gateway(gateway_for("a", "b", engine="auto")) as world:
+        unknown = await _broken_on_a(world, speech)
+        for each in world.engines.values():
+            each.routes["GET", "/v1/models"] = engines.status(200, listing)
+        for host in "ab":
+            await _restart(world, host)
+        report = (await world.get("/models/status")).json()["models"]["m"]["endpoints"]
+        known = await _broken_on_a(world, speech)
+
+    assert_broken(unknown, "upstream_connection_error")
+    assert [each["engine"] for each in report] == [engine, engine]
+    assert_whole(known, speech)
+
+
+async def _broken_on_a(world: World, speech: Canonical) -> RawResponse:
+    world.engines["a"].scripts.append(speech.breaks("one", 4))
+    world.engines["b"].default = speech.answer("two")
+    while world.engines["a"].scripts:
+        response = await ask(world, speech)
+    return response
+
+
+async def _restart(world: World, host: str) -> None:
+    """Long enough for probes to see that it is away, and that it is back."""
+    world.net.refuse(host, PORT)
+    await trio.sleep(60)
+    assert not world.endpoint(host).health.healthy
+    world.net.listen(host, PORT, world.engines[host].serve)
+    await trio.sleep(10)
+    assert world.endpoint(host).health.healthy
+
+
 async def test_a_stream_may_be_continued_long_after_its_first_deadline(
     autojump_clock: MockClock,
 ) -> None:

@@ -463,7 +463,7 @@ async def test_what_an_engine_has_shown_is_still_known(autojump_clock: MockClock
     config = fleet({"m": ["a"]})
     async with running_gateway(config) as world:
         (upstream,) = world.service.balancer.upstreams
-        upstream.asks_usage, upstream.endpoint.server = False, "llama.cpp"
+        upstream.asks_usage, upstream.endpoint.engine = False, "llamacpp"
         engine = upstream.known_engine
         await adopt(world, config)
         (after,) = world.service.balancer.upstreams

@@ -64,8 +64,8 @@ class Upstream:
     @property
     def known_engine(self) -> Engine:
         """What it is configured to be, else what it says that it is."""
-        if self.engine is Engine.AUTO and self.endpoint.server == "llama.cpp":
-            return Engine.LLAMACPP
+        if self.engine is Engine.AUTO and self.endpoint.engine:
+            return Engine(self.endpoint.engine)
         return self.engine
 
     def is_deaf(self, kind: Kind) -> bool:

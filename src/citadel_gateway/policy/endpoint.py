@@ -49,7 +49,7 @@ class Endpoint:
     latency: PeakEwma = attrs.field(factory=PeakEwma)
     in_flight: int = 0
     cooling_until: float = -math.inf
-    server: str = ""  # what it says it is
+    engine: str | None = None  # what it has shown to be, empty if that did not tell
     adaptive: AdaptiveLimit | None = None
     slow_start: SlowStart = NO_SLOW_START
     is_newcomer: bool = False
@@ -73,6 +73,8 @@ class Endpoint:
         if flipped or is_first:
             self.on_standing()
         if flipped:
+            if not self.health.healthy:
+                self.engine = None  # it may come back as another one
             self.eased()
         return flipped
 
