@@ -283,7 +283,9 @@ class UnifiedAPIGatewayService:
                 minding.start_soon(self._mind_signals, minding, successor)
             with self._serving:
                 async with self.open(), trio.open_nursery() as nursery:
-                    nursery.start_soon(partial(feed_watchdog, notifier, alive=lambda: True))
+                    nursery.start_soon(
+                        partial(feed_watchdog, notifier, alive=lambda: not self._has_successor)
+                    )
                     address = await self._start_servers(nursery, inherited)
                     self._announce(address)
                     notifier.ready()

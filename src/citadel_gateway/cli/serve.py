@@ -15,7 +15,7 @@ from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.descriptors import raise_limit
 from citadel_gateway.io.libraries import route_library_logs
 from citadel_gateway.io.listening import inherited_sockets
-from citadel_gateway.io.successor import Successor, tell_predecessor
+from citadel_gateway.io.successor import Successor, outlive_predecessor, tell_predecessor
 from citadel_gateway.io.systemd import Notifier
 
 
@@ -43,6 +43,7 @@ def serve(config_path: str) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(run)
             tell_predecessor(os.environ)
+        await outlive_predecessor(os.environ, service.config.service.drain_timeout)
 
     try:
         run_until_stopped(main)
