@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from citadel_gateway.config.loader import parse
 from citadel_gateway.policy.circuit_breaker import State
 from tests.support import scripted_engine as engines
 from tests.support.canonical_engine import SHAPES, Canonical, stream
@@ -432,6 +433,81 @@ async def test_a_broken_stream_waits_for_a_slot_in_front_of_newer_requests(
 
     assert order[0] == "broken"
     assert_whole(next(r for r in results if text(r) == engine.text), engine)
+
+
+async def test_an_endpoint_that_comes_meanwhile_and_cannot_go_on_is_no_obstacle(
+    autojump_clock: MockClock,
+) -> None:
+    """By another configuration, while the stream waits for a slot of one that can."""
+    engine, busy = Canonical(TOKENS), Script([sleep(9), *engines.whole_chat("x").steps])
+
+    def config(*others: dict[str, Any]) -> dict[str, Any]:
+        known = [{"url": endpoint(h), "engine": "vllm", "max_concurrent": 1} for h in "ab"]
+        model = {"endpoints": [*known, *others]}
+        return dict(fleet({"m": model}, load_balancer=OTHER_LIMITS))
+
+    async with running_gateway(config(), hosts=["c"]) as world, trio.open_nursery() as nursery:
+        world.engines["a"].default = engine.breaks("one", 4, sleep(2), close())
+        world.engines["b"].default = lambda e: engine.answer("two")(e) if engine.given(e) else busy
+        answers: list[RawResponse] = []
+
+        async def stream() -> None:
+            answers.append(await ask(world, engine))
+
+        nursery.start_soon(stream)
+        await trio.sleep(0.1)
+        nursery.start_soon(world.ask, "m")
+        await trio.sleep(3)
+        stranger = {"url": endpoint("c"), "engine": "openai"}
+        await world.service.adopt(parse(config(stranger), source="test"))
+
+    assert_whole(_without_comments(answers[0]), engine)
+    assert world.engines["c"].posts == []
+
+
+CARDS: dict[str, dict[str, Any]] = {
+    "vllm": {"root": "/m", "parent": None, "max_model_len": 4096, "permission": []},
+    "sglang": {"root": "/m", "parent": None, "max_model_len": 4096},
+}
+
+
+@pytest.mark.parametrize("engine", CARDS)
+async def test_an_engine_that_shows_what_it_is_need_not_be_named(
+    autojump_clock: MockClock, engine: str
+) -> None:
+    speech = Canonical(TOKENS, engine)
+    card = {"id": "m", "object": "model", "created": 1, "owned_by": engine, **CARDS[engine]}
+    listing = orjson.dumps({"object": "list", "data": [card]})
+    async with running_gateway(gateway_for("a", "b", engine="auto")) as world:
+        unknown = await _broken_on_a(world, speech)
+        for each in world.engines.values():
+            each.routes["GET", "/v1/models"] = engines.status(200, listing)
+        for host in "ab":
+            await _restart(world, host)
+        report = (await world.get("/models/status")).json()["models"]["m"]["endpoints"]
+        known = await _broken_on_a(world, speech)
+
+    assert_broken(unknown, "upstream_connection_error")
+    assert [each["engine"] for each in report] == [engine, engine]
+    assert_whole(known, speech)
+
+
+async def _broken_on_a(world: World, speech: Canonical) -> RawResponse:
+    world.engines["a"].scripts.append(speech.breaks("one", 4))
+    world.engines["b"].default = speech.answer("two")
+    while world.engines["a"].scripts:
+        response = await ask(world, speech)
+    return response
+
+
+async def _restart(world: World, host: str) -> None:
+    """Long enough for probes to see that it is away, and that it is back."""
+    world.net.refuse(host, PORT)
+    await trio.sleep(60)
+    assert not world.endpoint(host).health.healthy
+    world.net.listen(host, PORT, world.engines[host].serve)
+    await trio.sleep(10)
+    assert world.endpoint(host).health.healthy
 
 
 async def test_a_stream_may_be_continued_long_after_its_first_deadline(

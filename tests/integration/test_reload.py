@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -19,9 +20,10 @@ from cryptography import x509
 
 from tests.restarts.load import CHAT
 from tests.restarts.program import Scene, end, port_of, scene
+from tests.support import scripted_engine as engines
 from tests.support.ledger import Metrics, parse_metrics, total
 from tests.support.raw_client import NoResponseError, RawClient, RawResponse, http_request
-from tests.support.scripted_engine import MODEL
+from tests.support.scripted_engine import MODEL, Script
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 PATIENCE = 30.0
@@ -203,7 +205,80 @@ async def test_the_service_manager_learns_of_the_successor(tmp_path: Path) -> No
 
     # Its own words come before it counts as the main process, and those of a process that does
     # not are passed over.
-    assert heard == [b"READY=1", b"READY=1", b"MAINPID=%d" % pid, b"STOPPING=1"]
+    assert heard == [b"READY=1", b"READY=1", b"MAINPID=%d\nWATCHDOG=1" % pid, b"STOPPING=1"]
+
+
+async def test_the_watchdog_is_fed_by_the_process_that_is_the_service(tmp_path: Path) -> None:
+    address = tmp_path / "notify"
+    heard: list[tuple[int, bytes]] = []
+    env = {"NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "400000"}
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        await manager.bind(str(address))
+
+        async def listen() -> None:
+            while True:
+                said, credentials, *_ = await manager.recvmsg(1000, socket.CMSG_SPACE(12))
+                heard.append((struct.unpack("3i", credentials[0][2])[0], said))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen)
+            async with running(tmp_path, env) as gateway, working(gateway):
+                pid = await hand_over(gateway)
+                await trio.sleep(1.5)
+                os.kill(pid, signal.SIGTERM)
+            nursery.cancel_scope.cancel()
+
+    first = gateway.process.pid
+    at = heard.index((first, b"MAINPID=%d\nWATCHDOG=1" % pid))
+    assert (first, b"WATCHDOG=1") in heard[:at]
+    assert {who for who, _ in heard[at + 1 :]} == {pid}  # although the first has a request still
+    assert heard[at + 1 :].count((pid, b"WATCHDOG=1")) > 4
+
+
+async def test_a_successor_that_is_stopped_does_not_leave_its_predecessor_behind(
+    tmp_path: Path,
+) -> None:
+    """A manager would kill it, with all that it has not finished yet."""
+    async with running(tmp_path) as gateway:
+        async with working(gateway):
+            ending, start = os.pidfd_open(await hand_over(gateway)), len(gateway.here.log.lines)
+            signal.pidfd_send_signal(ending, signal.SIGTERM)
+            await gateway.here.log.wait_for("stopped", start)
+            with trio.move_on_after(0.5) as waiting:
+                await trio.lowlevel.wait_readable(ending)
+        assert await gateway.process.wait() == 0
+        await trio.lowlevel.wait_readable(ending)
+        os.close(ending)
+
+    assert waiting.cancelled_caught
+
+
+@asynccontextmanager
+async def working(gateway: Running) -> AsyncIterator[None]:
+    """While the gateway has a request, which is answered in the end."""
+    begun, let_go = trio.Event(), trio.Event()
+    answers: list[int] = []
+    for engine in gateway.here.engines:
+        steps = [engines.tell(begun), engines.wait(let_go), *engines.whole_chat("x").steps]
+        engine.default = Script(steps)
+
+    async def ask() -> None:
+        answers.append(await gateway.ask())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await begun.wait()
+        yield
+        let_go.set()
+    assert answers == [200]
+
+
+async def hand_over(gateway: Running) -> int:
+    """Returns the successor's number."""
+    lines = await gateway.tell(signal.SIGUSR2, "handed over")
+    pid: int = next(line["pid"] for line in lines if line["event"] == "handed over")
+    return pid
 
 
 async def test_sigterm_during_a_hand_over_ends_both(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import click
 import httpx
 import pytest
 from click.testing import CliRunner, Result
+from rich.text import Text
 
 from citadel_gateway.cli import main
+from citadel_gateway.cli.status import status_table
 from citadel_gateway.config import load_config
 from tests.integration.test_demo import Program, answers, free_ports
 
@@ -203,6 +205,23 @@ def test_status_shows_models_and_endpoints_once(gateway: Running) -> None:
     assert "healthy" in result.stdout
     assert "small" in result.stdout
     assert "closed" in result.stdout
+
+
+@pytest.mark.parametrize(("engine", "shown"), [("vllm", "up vllm"), ("auto", "up")])
+def test_the_table_says_which_engine_it_is_once_that_is_known(engine: str, shown: str) -> None:
+    endpoint = {
+        "url": "http://a", "engine": engine, "healthy": True, "cordoned": False, "in_flight": 0,
+        "limit": 1, "breaker": "closed", "latency_seconds": None, "last_error": None,
+    }  # fmt: skip
+    report = {
+        "gateway": "g", "status": "healthy", "waiting_for_any_model": 0,
+        "models": {"m": {"waiting": 0, "endpoints": [endpoint]}},
+        "limits": {"in_flight": 0, "max_concurrent_requests": 1},
+    }  # fmt: skip
+
+    (cell,) = status_table(report).columns[2].cells
+
+    assert Text.from_markup(str(cell)).plain == shown
 
 
 def test_status_prints_the_report_as_json(gateway: Running) -> None:

@@ -78,10 +78,23 @@ def test_a_cordon_is_remembered_for_endpoints_that_come_later() -> None:
     assert later.cordoned
     assert not elsewhere.cordoned
 
-    cordons.uncordon([later], 1.0)
+    cordons.uncordon([later], [later], 1.0)
     again = endpoint(f"{URL} [10.0.0.3]")
     cordons.apply(again)
     assert not again.cordoned
+
+
+def test_one_address_that_is_wanted_again_does_not_bring_back_the_others() -> None:
+    cordons = Cordons()
+    one, other = endpoint(f"{URL} [10.0.0.1]"), endpoint(f"{URL} [10.0.0.2]")
+    cordons.cordon(URL, [one, other])
+    cordons.uncordon([one], [one, other], 1.0)
+    returned = [endpoint(f"{URL} [10.0.0.{n}]") for n in (1, 2, 3)]
+    for each in returned:
+        cordons.apply(each)
+
+    assert [each.cordoned for each in (one, other)] == [False, True]
+    assert [each.cordoned for each in returned] == [False, True, False]
 
 
 def test_a_cordon_of_one_address_is_for_that_address() -> None:

@@ -4,8 +4,10 @@ from collections.abc import Callable, Coroutine
 
 import attrs
 import httpx
+import orjson
 import pytest
 import trio
+from trio.testing import MockClock
 
 from citadel_gateway.io.health_monitoring import HealthChecker, Probe, ask, check_all
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
@@ -210,3 +212,125 @@ async def test_a_slow_endpoint_does_not_hold_up_the_start(autojump_clock: object
 
     assert trio.current_time() == 1.5
     assert (quick.health.healthy, slow.health.healthy) == (True, False)
+
+
+# --- what it is ----------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Named(Engine):
+    """Says what it is in its list of models, unless that is broken."""
+
+    owner: str = "sglang"
+    broken: bool = False
+    server: str = "uvicorn"
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        answer = await Engine.answer(self, request)
+        answer.headers["server"] = self.server
+        if request.url.path != "/v1/models":
+            return answer
+        card = {"id": "m", "object": "model", "created": 1, "owned_by": self.owner}
+        listing = {"data": [{**card, "root": "m", "max_model_len": 1}]}
+        if self.broken:
+            raise httpx.ReadError("cut")
+        return httpx.Response(200, stream=httpx.ByteStream(orjson.dumps(listing)))
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for _, path in self.asked]
+
+
+def unnamed(engine: Engine, configured: str = "auto") -> HealthChecker:
+    checker = watching(engine).checker
+    checker.probe = Probe.of(URL, configured, None)
+    return checker
+
+
+async def test_what_an_engine_is_is_asked_once(autojump_clock: MockClock) -> None:
+    engine = Named()
+    checker = unnamed(engine)
+    for _ in range(3):
+        await checker.check()
+
+    assert engine.paths == ["/health", "/v1/models", "/health", "/health"]
+    assert checker.endpoint.engine == "sglang"
+
+
+async def test_nobody_asks_an_engine_that_is_named(autojump_clock: MockClock) -> None:
+    engine = Named()
+    checker = unnamed(engine, "vllm")
+    await checker.check()
+
+    assert engine.paths == ["/health"]
+    assert checker.endpoint.engine is None
+
+
+async def test_an_answer_that_says_nothing_is_enough_but_no_answer_is_not(
+    autojump_clock: MockClock,
+) -> None:
+    engine, known = Named(owner="somebody", broken=True), []
+    checker = unnamed(engine)
+    for broken in (True, False, False, False):
+        engine.broken = broken
+        await checker.check()
+        known.append(checker.endpoint.engine)
+
+    assert engine.paths.count("/v1/models") == 2
+    assert known == [None, "", "", ""]
+
+
+async def test_llama_cpp_is_known_by_its_header(autojump_clock: MockClock) -> None:
+    engine = Named(server="llama.cpp")
+    checker = unnamed(engine)
+    await checker.check()
+
+    assert engine.paths == ["/health"]
+    assert checker.endpoint.engine == "llamacpp"
+
+
+async def test_an_engine_that_was_down_may_be_another_one(autojump_clock: MockClock) -> None:
+    engine = Named()
+    checker = unnamed(engine)
+    known = []
+    for status in (200, 0, 0, 0, 200):  # down after the third
+        engine.status = status
+        await checker.check()
+        known.append(checker.endpoint.engine)
+        engine.owner = "another"
+
+    assert known == ["sglang", "sglang", "sglang", None, ""]
+
+
+@pytest.mark.parametrize("how", ["a bad probe", "a request that could not reach it"])
+async def test_after_a_doubt_it_is_asked_again(autojump_clock: MockClock, how: str) -> None:
+    engine = Named()
+    checker = unnamed(engine)
+    await checker.check()
+    if how == "a bad probe":
+        engine.status = 0
+        await checker.check()
+        engine.status = 200
+    else:
+        checker.suspect()
+    engine.owner = "another"
+    await checker.check()
+
+    assert checker.endpoint.engine == ""
+
+
+async def test_a_list_of_models_that_does_not_come_holds_up_nothing(
+    autojump_clock: MockClock,
+) -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            await trio.sleep_forever()
+        return httpx.Response(200, stream=httpx.ByteStream(b""))
+
+    checker = unnamed(Engine())
+    checker.client = Engine().client(answer)
+    await checker.check()
+
+    assert trio.current_time() == pytest.approx(2)
+    assert checker.endpoint.health.healthy
+    assert checker.endpoint.engine is None

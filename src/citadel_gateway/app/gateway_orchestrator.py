@@ -145,7 +145,7 @@ class GatewayOrchestrator:
                 else:
                     answer = await self._attempt_or_two(upstream, upstream.hedging, journey, sink)
             except UpstreamFailure as failure:
-                upstream = journey.upstream
+                upstream = journey.current
                 journey.verdict = failure.judgement.verdict
                 self._learn(upstream, failure)
                 if not self._may_go_on(journey, upstream, failure):
@@ -217,7 +217,7 @@ class GatewayOrchestrator:
             match ticket.outcome:
                 case Slot(endpoint=endpoint):
                     record.model, record.endpoint = endpoint.model, endpoint.url
-                    return journey.group.upstreams[endpoint]
+                    return journey.upstream(endpoint)
                 case Nobody(retry_after=wait) if not journey.next_group():
                     if journey.failure is not None:
                         raise journey.failure
@@ -255,10 +255,10 @@ class GatewayOrchestrator:
     ) -> WholeAnswer | None:
         job, endpoint = journey.job, upstream.endpoint
         record = job.record
-        record.attempts += 1
         journey.asked_usage = upstream.asks_usage
         model = self.balancer.models[endpoint.model].config
         continuation = journey.continuation(upstream)
+        record.attempts += 1
         request = job.request if continuation is None else continuation.request
         as_stream = request.stream or upstream.is_deaf(request.kind)
         call = Call(
@@ -460,7 +460,7 @@ class GatewayOrchestrator:
             return False
         if _refuses_usage(journey, failure):
             upstream.asks_usage = False  # once more, with what it understands
-            journey.aim_again(upstream.endpoint)
+            journey.aim_again(upstream)
             return True
         if journey.rescue is not None and journey.rescue.may_replay_instead(upstream, failure):
             journey.aim()
@@ -528,7 +528,7 @@ class GatewayOrchestrator:
             journey.tried = tried
             journey.aim()
         else:
-            journey.aim_again(upstream.endpoint)
+            journey.aim_again(upstream)
         journey.needs_fresh = True
         return True
 
@@ -590,6 +590,7 @@ class _Journey:
     rescue: Rescue | None = attrs.field(default=None, init=False)
     hedged: bool = attrs.field(default=False, init=False)  # it was time to ask a second, once
     group: Group = attrs.field(init=False)
+    again: Upstream = attrs.field(init=False)  # may be asked once more, and leave its group first
     ticket: Ticket = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -616,7 +617,7 @@ class _Journey:
         found = self.rescue.continuation(upstream)
         if found is None:  # it has only just come to be known
             error = self.rescue.failure.error
-            raise UpstreamFailure(error, Judgement(Retry.NEVER, Verdict.NO_OPINION))
+            raise UpstreamFailure(error, Judgement(Retry.SAFE, Verdict.NO_OPINION))
         return found
 
     def note_work(self, failure: UpstreamFailure) -> None:
@@ -630,11 +631,11 @@ class _Journey:
             failure.error.should_retry = False
 
     @property
-    def upstream(self) -> Upstream:
+    def current(self) -> Upstream:
         """Whom it is with; of two that were asked at once, who was first, or has failed last."""
         match self.ticket.outcome:
             case Slot(endpoint=endpoint):
-                return self.group.upstreams[endpoint]
+                return self.upstream(endpoint)
             case _:
                 raise RuntimeError("it is with nobody")
 
@@ -661,9 +662,14 @@ class _Journey:
         self.ticket.group = (self.group, tried) if tried else self.group
         self.ticket.choose = partial(self.group.choose, tried)
 
-    def aim_again(self, endpoint: Endpoint) -> None:
+    def upstream(self, endpoint: Endpoint) -> Upstream:
+        """How to speak to *endpoint*, which is in its group, or was when it was asked before."""
+        return self.group.upstreams.get(endpoint) or self.again
+
+    def aim_again(self, upstream: Upstream) -> None:
         """The same; an endpoint that has been cordoned meanwhile may finish what it has begun."""
         self.aim()
+        self.again, endpoint = upstream, upstream.endpoint
         if endpoint.cordoned:
             self.ticket.group = (self.group, endpoint)
             self.ticket.choose = partial(_finish_there, endpoint)

@@ -59,7 +59,7 @@ class Generation:
 
     def take_over(self, previous: Generation, now: float) -> None:
         """Go on where *previous* is.  Waits for nobody, and there is no way back."""
-        self.balancer.take_over(previous.balancer)
+        self.balancer.take_over(previous.balancer, now)
         self.watch.take_over(previous.watch)
         self.doorkeeper.limiter.take_over(previous.doorkeeper.limiter, now)
         balancing = self.config.load_balancer

@@ -66,8 +66,8 @@ class Upstream:
     @property
     def known_engine(self) -> Engine:
         """What it is configured to be, else what it says that it is."""
-        if self.engine is Engine.AUTO and self.endpoint.server == "llama.cpp":
-            return Engine.LLAMACPP
+        if self.engine is Engine.AUTO and self.endpoint.engine:
+            return Engine(self.endpoint.engine)
         return self.engine
 
     def is_deaf(self, kind: Kind) -> bool:
@@ -95,14 +95,14 @@ class Model:
 
     def begin(self, previous: Model | None = None) -> None:
         """Mind how many of the endpoints are well, as *previous* has done until now."""
-        endpoints = {upstream.endpoint for upstream in self.upstreams}
+        endpoints = [upstream.endpoint for upstream in self.upstreams]
         if previous is not None:
             if self.hedging is not None and previous.hedging is not None:
                 self.hedging.take_over(previous.hedging)
             previous.quorum.renew(self.quorum, endpoints)
             self.quorum = previous.quorum
-        for endpoint in endpoints:
-            self.quorum.add(endpoint)
+        else:
+            self.quorum.renew(self.quorum, endpoints)
         self._begun = True
 
     def end(self) -> None:
@@ -208,6 +208,7 @@ class Group:
 
     def dissolve(self) -> None:
         """Nobody will ask it any more: be told nothing, either."""
+        self.models = ()
         for endpoint in self.upstreams:
             self._roster.remove(endpoint)
             endpoint.unwatch(self._forget_when_idle)
@@ -297,6 +298,8 @@ class LoadBalancer:
         }
         self._groups: dict[str, Group] = {}
         self._auto_groups: dict[tuple[str, ...], Group] = {}
+        # Of earlier configurations, in which somebody may still wait, but nobody new.
+        self._older_groups: list[Group] = []
         if previous is None:
             for name, model in self.models.items():
                 model.begin()
@@ -332,7 +335,7 @@ class LoadBalancer:
         origins = [u.target.origin for u in (*self.upstreams, *self._leaving)]
         return {origin.host for origin in (*origins, *(s.origin for s in self.sources))}
 
-    def take_over(self, previous: LoadBalancer) -> None:
+    def take_over(self, previous: LoadBalancer, now: float) -> None:
         """Go on where *previous* is: with its endpoints, its turns, and those who wait.
 
         It waits for nobody, so that nobody sees half of it.  From now on only this one follows
@@ -342,6 +345,9 @@ class LoadBalancer:
             self._follow(source, previous)
         previous.sources.clear()
         reweighed = {u.endpoint for u in self.upstreams if self._configure(u)}
+        for endpoint in reweighed:
+            if endpoint.warmth < 1.0:
+                endpoint.warm_up(now)
         known = {u.endpoint: u for u in previous.upstreams}
         for upstream in self.upstreams:
             if before := known.get(upstream.endpoint):
@@ -358,13 +364,15 @@ class LoadBalancer:
             self._groups[name] = before_it or fresh
         in_use = {*previous._known_auto_groups.values()}
         for names, group in previous._auto_groups.items():
-            # Who waits in it has begun with these models, so it gets no others; but those that
-            # there are no longer, it does not get either.
-            models = [self.models[name] for name in names if name in self.models]
-            if models:
-                group.renew(self._make_auto_group(models), reweighed)
-                if len(models) == len(names) and group in in_use:
-                    self._auto_groups[names] = group
+            self._renew_auto_group(group, reweighed)
+            if group in in_use and self.models.keys() >= {*names}:
+                self._auto_groups[names] = group
+            else:
+                self._older_groups.append(group)
+        for group in previous._older_groups:
+            if group.models:
+                self._renew_auto_group(group, reweighed)
+                self._older_groups.append(group)
         for name, model in self.models.items():
             model.begin(previous.models.get(name))
         for name, model in previous.models.items():
@@ -374,6 +382,15 @@ class LoadBalancer:
                 model.end()
         for endpoint in kept:
             endpoint.eased()  # there may be more room
+
+    def _renew_auto_group(self, group: Group, reweighed: Set[Endpoint]) -> None:
+        """Who waits in it has begun with its models, so it gets no others.
+
+        Those that there are no longer, it does not get either.
+        """
+        models = [self.models[model.id] for model in group.models if model.id in self.models]
+        if models:
+            group.renew(self._make_auto_group(models), reweighed)
 
     async def discover(self) -> None:
         """Look up every name whose addresses are endpoints; those that fail stay as they are."""
@@ -426,7 +443,7 @@ class LoadBalancer:
                     source.model.add([upstream])
 
     def _groups_of(self, model: Model) -> list[Group]:
-        return [group for group in self.groups if model in group.models]
+        return [g for g in (*self.groups, *self._older_groups) if model in g.models]
 
     def resolve(self, name: str) -> Model | None:
         """The model called *name*, by its own name or by an alias."""
@@ -653,13 +670,13 @@ class LoadBalancer:
             upstream.numbers,
             self.config.load_balancer,
         )
-        before = (endpoint.weight, endpoint.cost)
+        before = (endpoint.weight, endpoint.cost, endpoint.slow_start)
         endpoint.weight, endpoint.cost = numbers.weight, numbers.cost
         self._resize(endpoint, numbers)
         endpoint.breaker.renew(self._breaker_policy())
         endpoint.health.rise = balancing.healthy_after
         endpoint.health.fall = balancing.unhealthy_after
-        return before != (endpoint.weight, endpoint.cost)
+        return before != (endpoint.weight, endpoint.cost, endpoint.slow_start)
 
     def _resize(self, endpoint: Endpoint, numbers: Numbers) -> None:
         slow_start = SlowStart(self.config.load_balancer.slow_start)

@@ -275,6 +275,7 @@ GATEWAY: dict[str, Schema] = {
     "EndpointStatus": thing(
         {
             "url": one("string"),
+            "engine": one("string", "As configured, else as found out; `auto` while unknown."),
             "healthy": one("boolean", "By its last health checks."),
             "breaker": one("string", enum=["closed", "open", "half_open"]),
             "in_flight": one("integer", "Requests it works on."),
@@ -287,7 +288,7 @@ GATEWAY: dict[str, Schema] = {
             "last_error": one(["string", "null"]),
             "last_probe_seconds_ago": one(["number", "null"]),
         },
-        required=("url", "healthy", "breaker", "in_flight", "max_concurrent", "weight"),
+        required=("url", "engine", "healthy", "breaker", "in_flight", "max_concurrent", "weight"),
     ),
     "EndpointOrder": thing(
         {

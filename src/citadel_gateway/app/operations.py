@@ -84,7 +84,7 @@ class Operations:
 
     def uncordon(self, order: Order) -> dict[str, Any]:
         endpoints = self._find(order)
-        self.balancer().cordons.uncordon(endpoints, trio.current_time())
+        self.balancer().cordons.uncordon(endpoints, self._all(), trio.current_time())
         self._tell("uncordoned", endpoints)
         return self._report(endpoints)
 

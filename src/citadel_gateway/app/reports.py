@@ -137,6 +137,7 @@ def _endpoint(upstream: Upstream, now: float) -> Json:
     probed = endpoint.health.observed_at
     return {
         "url": endpoint.url,
+        "engine": upstream.known_engine.value,
         "healthy": endpoint.health.healthy,
         "breaker": endpoint.breaker.state(now).value,
         "in_flight": endpoint.in_flight,

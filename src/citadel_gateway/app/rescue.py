@@ -69,7 +69,7 @@ class Rescue:
         """``None`` if it cannot be resumed in any way."""
         if upstream.endpoint in self._refused:
             return None
-        if self.request.kind is Kind.COMPLETIONS and upstream.engine is Engine.OLLAMA:
+        if self.request.kind is Kind.COMPLETIONS and upstream.known_engine is Engine.OLLAMA:
             return None  # it takes a prompt for a message of the user's
         return _PREFILL[upstream.known_engine]
 

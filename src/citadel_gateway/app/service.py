@@ -286,7 +286,9 @@ class UnifiedAPIGatewayService:
                 minding.start_soon(self._mind_signals, minding, successor)
             with self._serving:
                 async with self.open(), trio.open_nursery() as nursery:
-                    nursery.start_soon(partial(feed_watchdog, notifier, alive=lambda: True))
+                    nursery.start_soon(
+                        partial(feed_watchdog, notifier, alive=lambda: not self._has_successor)
+                    )
                     address = await self._start_servers(nursery, inherited)
                     self._announce(address)
                     notifier.ready()
@@ -436,8 +438,7 @@ class UnifiedAPIGatewayService:
         waitroom = self.admission.waitroom
         waitroom.seats = config.performance.max_concurrent_requests
         waitroom.patience = config.load_balancer.queue_timeout
-        waitroom.lower_share = config.load_balancer.lower_priority_share
-        waitroom.resize(config.load_balancer.queue_size)
+        waitroom.resize(config.load_balancer.queue_size, config.load_balancer.lower_priority_share)
         self.resolver.ttl = config.load_balancer.dns_ttl
         self.log.level = _level(config)
         if self._dialer is not None:

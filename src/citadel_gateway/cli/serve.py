@@ -16,7 +16,7 @@ from citadel_gateway.io.descriptors import raise_limit
 from citadel_gateway.io.heap import keep_collections_short
 from citadel_gateway.io.libraries import route_library_logs
 from citadel_gateway.io.listening import inherited_sockets
-from citadel_gateway.io.successor import Successor, tell_predecessor
+from citadel_gateway.io.successor import Successor, outlive_predecessor, tell_predecessor
 from citadel_gateway.io.systemd import Notifier
 
 
@@ -45,6 +45,7 @@ def serve(config_path: str) -> None:
             await nursery.start(run)
             keep_collections_short()
             tell_predecessor(os.environ)
+        await outlive_predecessor(os.environ, service.config.service.drain_timeout)
 
     try:
         run_until_stopped(main)

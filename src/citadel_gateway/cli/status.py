@@ -101,7 +101,8 @@ def _configuration(found: dict[str, Any]) -> str:
 
 
 def _cells(endpoint: dict[str, Any], waiting: str) -> tuple[str, ...]:
-    health = "[green]up[/]"
+    known = endpoint["engine"]
+    health = "[green]up[/]" + ("" if known == "auto" else f" {known}")
     if endpoint["cordoned"]:
         health = "[yellow]cordoned[/]"
     elif not endpoint["healthy"]:

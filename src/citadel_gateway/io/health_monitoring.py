@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import attrs
@@ -12,9 +13,11 @@ import httpx
 import trio
 
 from citadel_gateway.io.dial import Origin, is_our_own_lack
+from citadel_gateway.io.recognition import recognise
 from citadel_gateway.io.target import split_url
 from citadel_gateway.io.transport import ORIGIN
 from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.wire.engine_signs import LLAMACPP_SERVER
 
 _MOST_READ = 64 * 1024
 _SOON = 5.0  # seconds between probes of an endpoint that is down or in doubt
@@ -36,9 +39,11 @@ class Probe:
     """How to ask one endpoint: the addresses to try, in order, and the key to show.
 
     :param origin: where connections go; the URLs only say what is asked there.
+    :param root: where to find out what it is; empty if somebody has said that.
     """
 
     urls: tuple[str, ...]
+    root: str
     headers: dict[str, str] = attrs.field(repr=False)  # the key is in them
     origin: Origin
 
@@ -49,7 +54,8 @@ class Probe:
         root = f"{origin.scheme}://{origin.authority.decode()}{base.removesuffix('/v1')}"
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         urls = tuple(root + path for path in _PATHS[engine])
-        return cls(urls=urls, headers=headers, origin=origin)
+        unknown = root if engine == "auto" else ""
+        return cls(urls=urls, root=unknown, headers=headers, origin=origin)
 
 
 class NothingLearnt(Exception):
@@ -126,6 +132,7 @@ class HealthChecker:
     on_flip: Callable[[Endpoint], None]
     jitter: Callable[[], float] = random.random
     _doubt: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _is_another: bool = attrs.field(default=False, init=False)  # perhaps, than it was
     _due: float = attrs.field(default=math.inf, init=False)  # the next probe, or the one under way
 
     async def check(self) -> None:
@@ -136,15 +143,27 @@ class HealthChecker:
             return
         if self.endpoint.probed(error, trio.current_time()):
             self.on_flip(self.endpoint)
+        if error is not None:
+            self._is_another = True
+        elif self.probe.root and (self.endpoint.engine is None or self._is_another):
+            await self._recognise()
+
+    async def _recognise(self) -> None:
+        """Ask once what it is; if that fails, again after the next probe that goes well."""
+        probe = self.probe
+        with trio.move_on_after(self.within), suppress(httpx.HTTPError):
+            found = await recognise(self.client, probe.root, probe.headers, probe.origin)
+            self.endpoint.engine, self._is_another = found, False
 
     def go_on_from(self, before: HealthChecker) -> None:
         """Probe when *before* would have, or sooner; at once if this asks in another way."""
-        self._due = before._due
+        self._due, self._is_another = before._due, before._is_another
         if before._doubt.is_set() or before.probe != self.probe:
             self.suspect()
 
     def _note_server(self, server: str) -> None:
-        self.endpoint.server = server
+        if server == LLAMACPP_SERVER:
+            self.endpoint.engine, self._is_another = "llamacpp", False
 
     async def watch(self) -> NoReturn:
         """Probe for ever, beginning one interval from now."""
@@ -161,6 +180,7 @@ class HealthChecker:
 
     def suspect(self) -> None:
         """A request could not reach the endpoint: look at it now, not at the next interval."""
+        self._is_another = True
         self._doubt.set()
 
 

@@ -105,6 +105,24 @@ class Successor:
                 os.close(descriptor)
 
 
+async def outlive_predecessor(environ: Mapping[str, str], within: float) -> None:
+    """Wait until the process that started us to take its place has ended, *within* seconds.
+
+    A service manager that stops us waits for us alone and then kills what is left, and so would
+    cut what our predecessor is still finishing.  (``KillMode=mixed``; in a container, the same.)
+    """
+    parent = os.getppid()
+    if environ.get(HANDED_OVER_BY) != str(parent):
+        return
+    with suppress(ProcessLookupError):
+        ending = os.pidfd_open(parent)
+        try:
+            with trio.move_on_after(within):
+                await trio.lowlevel.wait_readable(ending)
+        finally:
+            os.close(ending)
+
+
 def _reap(pid: int) -> int:
     """How a process that is ending has ended: its status, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

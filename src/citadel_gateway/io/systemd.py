@@ -58,8 +58,12 @@ class Notifier:
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def handed_over(self, pid: int) -> None:
-        """Another process is the service from now on; we only finish what we have begun."""
-        self._send(f"MAINPID={pid}")
+        """Another process is the service from now on; we only finish what we have begun.
+
+        Until now its signs of life did not count, and after this ours do not
+        (``NotifyAccess=main``), so this is one, too: the next may be a whole interval away.
+        """
+        self._send(f"MAINPID={pid}\nWATCHDOG=1")
 
     def stopping(self) -> None:
         """The drain has begun."""

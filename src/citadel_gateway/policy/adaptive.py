@@ -100,6 +100,12 @@ class AdaptiveLimit:
         self.floor = min(self.floor, self.ceiling)
         self._exact, self.limit = float(self.floor), self.floor
 
+    def renew(self, floor: int, ceiling: int) -> None:
+        """Stay within other bounds from now on; all that was learnt still holds."""
+        self.floor, self.ceiling = min(floor, ceiling), ceiling
+        self._exact = min(max(self._exact, self.floor), self.ceiling)
+        self.limit = int(self._exact)
+
     def learn(self, sample: Sample, now: float) -> None:
         match sample.kind:
             case Kind.REFUSED | Kind.TIMED_OUT:

@@ -29,10 +29,17 @@ class Cordons:
             self.names.add((endpoint.model, url))
             endpoint.cordon()
 
-    def uncordon(self, endpoints: Iterable[Endpoint], now: float) -> None:
+    def uncordon(
+        self, endpoints: Iterable[Endpoint], others: Iterable[Endpoint], now: float
+    ) -> None:
+        """Of a name that was cordoned, those of its addresses that are not meant stay so.
+
+        :param others: all endpoints that there are, or at least those.
+        """
         for endpoint in endpoints:
             self.names.difference_update(_names_of(endpoint))
             endpoint.uncordon(now)
+        self.names.update((other.model, other.url) for other in others if other.cordoned)
 
 
 def is_called(endpoint: Endpoint, url: str) -> bool:

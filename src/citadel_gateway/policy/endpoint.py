@@ -49,7 +49,7 @@ class Endpoint:
     latency: PeakEwma = attrs.field(factory=PeakEwma)
     in_flight: int = 0
     cooling_until: float = -math.inf
-    server: str = ""  # what it says it is
+    engine: str | None = None  # what it has shown to be, empty if that did not tell
     adaptive: AdaptiveLimit | None = None
     slow_start: SlowStart = NO_SLOW_START
     is_newcomer: bool = False
@@ -73,6 +73,8 @@ class Endpoint:
         if flipped or is_first:
             self.on_standing()
         if flipped:
+            if not self.health.healthy:
+                self.engine = None  # it may come back as another one
             self.eased()
         return flipped
 
@@ -99,12 +101,17 @@ class Endpoint:
         return (self.health.healthy or self.is_needed) and not self.cordoned
 
     def resize(self, most: int, floor: int | None, slow_start: SlowStart) -> None:
-        """Have other limits: *most* requests at once, and no less than *floor* if it adapts."""
+        """Have other limits: *most* requests at once, and no less than *floor* if it adapts.
+
+        Where it is on its way to its whole share, :meth:`warm_up` tells.
+        """
         self.max_concurrent, self.slow_start = most, slow_start
         if floor is None:
             self.adaptive = None
-        elif self.adaptive is None or (self.adaptive.floor, self.adaptive.ceiling) != (floor, most):
+        elif self.adaptive is None:
             self.adaptive = AdaptiveLimit(floor, most)
+        else:
+            self.adaptive.renew(floor, most)
         self._refit()
 
     def has_room(self) -> bool:

@@ -15,7 +15,7 @@ An endpoint that was not probed yet, or is cordoned, is not counted, and is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -45,11 +45,18 @@ class Quorum:
         endpoint.on_standing, endpoint.is_needed = nobody_asks, False
         self.review()
 
-    def renew(self, other: Quorum, members: Set[Endpoint]) -> None:
-        """Go by what *other*, which has none yet, goes by, and let go who is not of *members*."""
+    def renew(self, other: Quorum, members: Iterable[Endpoint]) -> None:
+        """Go by what *other*, which has none yet, goes by, and have these *members*.
+
+        Those who come and those who go do so at once: the share in between is nobody's.
+        """
         self.threshold, self.on_change = other.threshold, other.on_change
-        for endpoint in [e for e in self._members if e not in members]:
-            self.remove(endpoint)
+        before, self._members = self._members, dict.fromkeys(members)
+        for endpoint in before.keys() - self._members.keys():
+            endpoint.on_standing, endpoint.is_needed = nobody_asks, False
+        for endpoint in self._members:
+            endpoint.on_standing = self.review
+        self.review()
 
     def review(self) -> None:
         """Count again: one has become well or ill, or is cordoned, or is not any more."""

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
+from typing import TypeAlias
 
 import attrs
 
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.picker import Picker
+
+_Entry: TypeAlias = tuple[float, int, Endpoint]  # when, and in which order at the same time
 
 
 @attrs.define(eq=False)
@@ -33,8 +36,8 @@ class Roster:
     _ready: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _full: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _away: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
-    _returns: list[tuple[float, int, Endpoint]] = attrs.field(factory=list, init=False)
-    _steps: list[tuple[float, int, Endpoint]] = attrs.field(factory=list, init=False)
+    _returns: list[_Entry] = attrs.field(factory=list, init=False)
+    _steps: list[_Entry] = attrs.field(factory=list, init=False)
     _warming: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _serial: int = attrs.field(default=0, init=False)
     _now: float = attrs.field(default=0.0, init=False)
@@ -58,12 +61,17 @@ class Roster:
         self.picker = picker
         for i, endpoint in enumerate(line):
             picker.join(endpoint, i / len(line))
+        self._steps.clear()  # they may be due at other times, too
+        for endpoint in self._warming:
+            self._weigh_anew(endpoint)
 
     def remove(self, endpoint: Endpoint) -> None:
         """Give it nothing any more."""
         for place in (self._ready, self._full, self._away):
             place.pop(endpoint, None)
         self._warming.pop(endpoint, None)
+        self._returns = _without(endpoint, self._returns)
+        self._steps = _without(endpoint, self._steps)
         self.picker.forget(endpoint)
         endpoint.unwatch(self.eased)
 
@@ -195,3 +203,9 @@ class Roster:
         self.picker.reweigh(endpoint)
         self._serial += 1
         heappush(self._steps, (endpoint.warmer_at(), self._serial, endpoint))
+
+
+def _without(endpoint: Endpoint, heap: list[_Entry]) -> list[_Entry]:
+    left = [entry for entry in heap if entry[2] is not endpoint]
+    heapify(left)
+    return left

@@ -58,9 +58,12 @@ class Waitroom:
     def __attrs_post_init__(self) -> None:
         self._forecast = Forecast(self.room)
 
-    def resize(self, room: int) -> None:
+    def resize(self, room: int, lower_share: float) -> None:
         """Let *room* wait in each line from now on; who waits already may stay."""
         self.room = self._forecast.room = room
+        self.lower_share = lower_share
+        for line in (*self._lines.values(), *(line for _, line in self._resting.values())):
+            line.lower_share = lower_share
 
     def enter(self, ticket: Ticket, now: float) -> None:
         """Place *ticket*, or queue it; its ``outcome`` tells which.  Raises :class:`Refused`."""
@@ -103,8 +106,7 @@ class Waitroom:
 
     def leave(self, ticket: Ticket, verdict: Verdict, now: float) -> Transition | None:
         """Give up whatever *ticket* holds, in whatever state it is.  :meth:`pump` afterwards."""
-        slot = ticket.outcome
-        if slot is None:
+        if (slot := ticket.outcome) is None:
             self._dequeue(ticket, now)
         self._stand_up(ticket, now)
         if ticket.bill is not None:
@@ -226,8 +228,7 @@ class Waitroom:
                 return nobody
 
     def _stand_up(self, ticket: Ticket, now: float) -> None:
-        pace = ticket.pace
-        if pace is not None:
+        if (pace := ticket.pace) is not None:
             pace.ended(now - ticket.since)
             pace.unbilled.pop(ticket, None)
             ticket.pace = None
@@ -260,8 +261,7 @@ class Waitroom:
         self._rest_if_empty(ticket.group, line, now)
 
     def _dequeue(self, ticket: Ticket, now: float) -> None:
-        line = ticket.line
-        if line is None:
+        if (line := ticket.line) is None:
             return
         if not ticket.returning and ticket.bill is not None:
             self._house.quit(ticket.bill.house)
