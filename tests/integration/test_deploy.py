@@ -174,6 +174,7 @@ def test_alerts_count_our_failures_and_not_the_callers() -> None:
     ours = {
         Outcome.QUEUE_FULL,
         Outcome.QUEUE_TIMEOUT,
+        Outcome.OVERLOADED,
         Outcome.NO_BACKEND,
         Outcome.UPSTREAM_ERROR,
         Outcome.TIMEOUT,

@@ -32,6 +32,7 @@ An application that knows it answers through it, and is cancelled when the clien
 
 
 _BODILESS = frozenset({204, 304})
+_CLOSES = (b"connection", b"close")
 
 
 class ResponseAborted(Exception):
@@ -42,6 +43,7 @@ class Fate(enum.Enum):
     """What becomes of a connection after an exchange."""
 
     KEEP = "keep"
+    SKIP = "skip"  # keep it, once the rest of a small body has come that nobody wants
     CLOSE = "close"
     UNANSWERED = "unanswered"  # the request turned out to be no request: say so, then close
 
@@ -120,8 +122,9 @@ class Exchange:
         """What becomes of the connection now that the application has ended, or was cancelled."""
         if self.refusal is not None and not self._started:
             return Fate.UNANSWERED
-        kept = self._finished and self._keep and self.request.complete
-        return Fate.KEEP if kept else Fate.CLOSE
+        if not (self._finished and self._keep):
+            return Fate.CLOSE
+        return Fate.KEEP if self.request.complete else Fate.SKIP
 
     def pass_on_leave(self) -> None:
         """Tell the application's own peer, in this very moment, that nobody listens any more."""
@@ -246,11 +249,14 @@ class Exchange:
         else:
             keep = False  # HTTP/1.0: the end of the connection is the end of the body
         self._keep = (
-            keep and request.keep_alive and request.complete and self.connection.may_keep_alive()
+            keep
+            and request.keep_alive
+            and (request.complete or (request.ends_soon and _CLOSES not in headers))
+            and self.connection.may_keep_alive()
         )
         headers.append((b"date", http_date()))
         if not self._keep:
-            headers.append((b"connection", b"close"))
+            headers.append(_CLOSES)
         elif request.version == "1.0":
             headers.append((b"connection", b"keep-alive"))
         head = encode_response_head(status, headers)
