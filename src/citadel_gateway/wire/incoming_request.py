@@ -6,7 +6,7 @@ import attrs
 
 from citadel_gateway.wire.headers import Fields, Headers
 
-_LITTLE = 64 * 1024
+_LITTLE = 2**20
 
 
 @attrs.define(eq=False)
