@@ -160,8 +160,9 @@ def table(steps: list[dict[str, Any]]) -> str:
 
     peak = max(each["goodput"] for each in steps)
     rows = [
-        "| offered | goodput | of the peak | refused at once | p50 / p99, client | p50 / p99, gateway"
-        " | refused late | first token p50 / p99 | broken | /livez p50 / p99 | CPU | memory |",
+        "| offered | goodput | of the peak | refused at once | p50 / p99, client"
+        " | p50 / p99, gateway | refused late | first token p50 / p99 | broken"
+        " | /livez p50 / p99 | CPU | memory |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for each in steps:
@@ -180,6 +181,30 @@ def table(steps: list[dict[str, Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def page(report: dict[str, Any], found: str) -> str:
+    of = report["machine"]
+    return f"""\
+# Overload
+
+`python -m bench.overload`: one gateway process, an engine of {report["capacity"]:g} streams a second
+(two seconds each), an open-loop driver that asks for more.
+{of["cores"]} cores of an {of["cpu"]}, shared with other work, Python {of["python"]}.
+
+{found}
+- *offered*: in capacities, one load after the other on the same process; the last shows that
+  nothing is left of the others
+- *goodput*: streams that ended whole, with their first token within {PATIENCE:g} s of the moment at
+  which they were to be asked for
+- *refused at once*: 503 without having waited in the queue, and how long that took: at the client,
+  from the moment at which it was to ask (the driver's own lateness included), and in the gateway,
+  by its access log
+- */livez*: on the metrics listener, ten times a second
+
+```yaml
+{report["config"]}```
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
@@ -196,8 +221,14 @@ def main() -> None:
     if a.no_write:
         print(json.dumps(steps, indent=1))
         return
-    report = {"machine": machine(), "capacity": under_test.capacity, "config": config, "steps": steps}
+    report = {
+        "machine": machine(),
+        "capacity": under_test.capacity,
+        "config": config,
+        "steps": steps,
+    }
     (RESULTS / "overload.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "overload.md").write_text(page(report, found))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ UNCOUNTED = 64 * 1024
 STEP = 2**20
 """Bytes by which a body grows in the budget whose length nobody knows."""
 
-_PATIENCE = 5.0  # seconds that an answer may wait for room
+_PATIENCE = 10.0  # seconds that an answer may wait for room
 
 
 class Holder(Protocol):
@@ -40,6 +40,7 @@ class Buffers:
 
     limit: float = float("inf")
     used: int = attrs.field(default=0, init=False)
+    _overdrawn: Holder | None = attrs.field(default=None, init=False)  # by whom
     _freed: trio.Event | None = attrs.field(default=None, init=False)
 
     def hold(self, holder: Holder, size: int) -> None:
@@ -54,18 +55,30 @@ class Buffers:
         if holder.held > down_to:
             self.used -= holder.held - down_to
             holder.held = down_to
+            if self._overdrawn is holder:
+                self._overdrawn = None
             if self._freed is not None:
                 self._freed.set()
                 self._freed = None
 
     async def wait_to_hold(self, holder: Holder, size: int) -> None:
-        """The same as :meth:`hold`, but with some patience: for what cannot be asked for again.
+        """Count *size* bytes more of an answer, which cannot be asked for again.
 
-        Raises :class:`NoRoom` when that is at an end.
+        There is some patience for it, and one at a time may overdraw the budget: else several
+        that have half of their answers would wait for each other.  Raises :class:`NoRoom`.
         """
         await trio.lowlevel.checkpoint()
         with trio.move_on_after(_PATIENCE):
-            while self.used + size > self.limit:
-                self._freed = self._freed or trio.Event()
+            while not self._may_hold(holder, size):
+                if self._freed is None:
+                    self._freed = trio.Event()
                 await self._freed.wait()
-        self.hold(holder, size)
+        if not self._may_hold(holder, size):
+            raise NoRoom
+        if self.used + size > self.limit:
+            self._overdrawn = holder
+        self.used += size
+        holder.held += size
+
+    def _may_hold(self, holder: Holder, size: int) -> bool:
+        return self.used + size <= self.limit or self._overdrawn in (None, holder)

@@ -33,6 +33,7 @@ An application that knows it answers through it, and is cancelled when the clien
 
 _BODILESS = frozenset({204, 304})
 _CLOSES = (b"connection", b"close")
+_LARGE = 2**20
 
 
 class ResponseAborted(Exception):
@@ -265,7 +266,11 @@ class Exchange:
             body = b""
         elif self._chunked and body:
             body = encode_chunk(body)
-        await self._write(head + body)
+        if len(body) > _LARGE:
+            await self._write(head)  # a copy of it all would cost more than another write
+            await self._write(body)
+        else:
+            await self._write(head + body)
 
     async def _write(self, data: bytes) -> None:
         try:
