@@ -186,8 +186,8 @@ def page(report: dict[str, Any], found: str) -> str:
     return f"""\
 # Overload
 
-`python -m bench.overload`: one gateway process, an engine of {report["capacity"]:g} streams a second
-(two seconds each), an open-loop driver that asks for more.
+`python -m bench.overload`: one gateway process, an engine of {report["capacity"]:g} streams
+a second (two seconds each), an open-loop driver that asks for more.
 {of["cores"]} cores of an {of["cpu"]}, shared with other work, Python {of["python"]}.
 
 {found}

@@ -17,20 +17,16 @@ async def read_answer(
 
     Raises :class:`BadResponse` if it is larger than *limit*, and ``NoRoom``.
     """
-    room = UNCOUNTED
-    announced = _announced(connection)
-    if room < announced <= limit:
-        await buffers.wait_to_hold(holder, announced)
-        room = announced
-    pieces, size = [], 0
+    pieces, size, room = [], 0, UNCOUNTED
     while piece := await connection.read_body():
         pieces.append(piece)
         size += len(piece)
-        if size > limit:
+        announced = _announced(connection) if size > room else 0
+        if max(size, announced) > limit:
             raise BadResponse(f"the upstream's answer is larger than {limit} bytes")
         if size > room:
-            await buffers.wait_to_hold(holder, STEP)
-            room += STEP
+            await buffers.wait_to_hold(holder, announced or STEP)
+            room = announced or room + STEP
     return b"".join(pieces)
 
 
