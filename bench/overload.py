@@ -26,7 +26,14 @@ import attrs
 
 from bench.open_loop import quantiles
 from bench.peers import KEY
-from bench.processes import cpu_seconds, free_ports, machine, resident_mb, running
+from bench.processes import (
+    cpu_seconds,
+    free_ports,
+    machine,
+    resident_mb,
+    running,
+    starved_seconds,
+)
 
 RESULTS = Path(__file__).parent / "results"
 CHUNKS, PACE = 20, 10
@@ -129,7 +136,8 @@ class Watcher:
 def step(under_test: Gateway, load: float, seconds: float, prompt: int) -> dict[str, Any]:
     """One load on a gateway that runs already, and what became of it."""
     read = under_test.log.stat().st_size
-    watcher, cpu = Watcher(under_test), cpu_seconds(under_test.pid)
+    watcher = Watcher(under_test)
+    cpu, starved = cpu_seconds(under_test.pid), starved_seconds(under_test.pid)
     command = (
         sys.executable, "-m", "bench.open_loop", "--port", str(under_test.port), "--key", KEY,
         "--rate", str(load * under_test.capacity), "--seconds", str(seconds),
@@ -151,6 +159,7 @@ def step(under_test: Gateway, load: float, seconds: float, prompt: int) -> dict[
         "probes_ms": quantiles(watcher.probes_ms),
         "peak_mb": watcher.peak_mb,
         "cpu_share": round((cpu_seconds(under_test.pid) - cpu) / seconds, 3),
+        "starved_share": round((starved_seconds(under_test.pid) - starved) / seconds, 3),
     }
 
 
@@ -162,8 +171,8 @@ def table(steps: list[dict[str, Any]]) -> str:
     rows = [
         "| offered | goodput | of the peak | refused at once | p50 / p99, client"
         " | p50 / p99, gateway | refused late | first token p50 / p99 | broken"
-        " | /livez p50 / p99 | CPU | memory |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        " | /livez p50 / p99 | CPU | starved | memory |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for each in steps:
         at_once = sum(
@@ -176,6 +185,7 @@ def table(steps: list[dict[str, Any]]) -> str:
             f" | {pair(each['refused_at_once_in_gateway_ms'])} ms"
             f" | {each['refused_late']} | {pair(each['first_token_s'])} s"
             f" | {each['broken']} | {pair(each['probes_ms'])} ms | {each['cpu_share']:.0%}"
+            f" | {each['starved_share']:.0%}"
             f" | {each['peak_mb']:.0f} MB |"
         )
     return "\n".join(rows) + "\n"
@@ -199,6 +209,8 @@ a second (two seconds each), an open-loop driver that asks for more.
   from the moment at which it was to ask (the driver's own lateness included), and in the gateway,
   by its access log
 - */livez*: on the metrics listener, ten times a second
+- *starved*: the share of the time in which the gateway could have run and the machine's other
+  work had the cores; where that is near *CPU*, clients' times are the machine's, not the gateway's
 
 ```yaml
 {report["config"]}```
