@@ -48,9 +48,18 @@ def tree(root: int) -> list[int]:
 
 def cpu_seconds(root: int) -> float:
     """CPU time of every living thread of the tree, to the nanosecond, kernel time included."""
+    return _scheduled(root, 0)
+
+
+def starved_seconds(root: int) -> float:
+    """For how long they could have run, and others had the CPUs."""
+    return _scheduled(root, 1)
+
+
+def _scheduled(root: int, field: int) -> float:
     return (
         sum(
-            int((_text(file) or "0").split()[0])
+            int((_text(file) or "0 0").split()[field])
             for pid in tree(root)
             for file in Path(f"/proc/{pid}/task").glob("*/schedstat")
         )

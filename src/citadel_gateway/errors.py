@@ -178,6 +178,13 @@ def queue_too_long(model: str, wait: float, retry_after: float) -> GatewayError:
     )  # fmt: skip
 
 
+def overloaded(retry_after: float) -> GatewayError:
+    return GatewayError(
+        "The gateway is short of memory or connections.",
+        503, "server_overloaded", "overloaded", retry_after=retry_after,
+    )  # fmt: skip
+
+
 def no_healthy_backend(model: str, retry_after: float) -> GatewayError:
     return GatewayError(
         f"No endpoint of {model!r} is available.",

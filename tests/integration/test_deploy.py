@@ -131,6 +131,16 @@ def test_the_unit_allots_two_gigabytes_and_four_cores() -> None:
     assert unit["MemoryHigh"] == ["1900M"]  # slowed down before it is killed at 2048
 
 
+def test_the_gateway_sheds_before_the_unit_slows_it_down_or_ends_it() -> None:
+    unit, config = settings(), load_config(DEPLOY.parent / "config" / "gateway.yaml", environ={})
+    mib = config.performance.memory_limit_gb * 1024
+
+    assert mib == 1024 * int(unit["MemoryMax"][0].removesuffix("G"))
+    assert 0.9 * mib < int(unit["MemoryHigh"][0].removesuffix("M"))
+    # With an endpoint's connection for each client's, below the first mark.
+    assert 2 * config.service.max_connections < 0.8 * int(unit["LimitNOFILE"][0])
+
+
 def test_the_unit_waits_for_the_drain_and_a_little_longer() -> None:
     service = ServiceConfig()
 
@@ -174,6 +184,7 @@ def test_alerts_count_our_failures_and_not_the_callers() -> None:
     ours = {
         Outcome.QUEUE_FULL,
         Outcome.QUEUE_TIMEOUT,
+        Outcome.OVERLOADED,
         Outcome.NO_BACKEND,
         Outcome.UPSTREAM_ERROR,
         Outcome.TIMEOUT,

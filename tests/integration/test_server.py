@@ -25,6 +25,7 @@ from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import Count, HttpServer, Seconds
 from citadel_gateway.io.http1_exchange import EXCHANGE, ResponseAborted
 from citadel_gateway.io.record import Outcome, RequestRecord
+from citadel_gateway.policy.watermarks import Level
 from tests.support.openfds import open_descriptors, task_count
 from tests.support.raw_client import NoResponseError, RawClient, http_request
 from tests.support.scripted_engine import MODEL, ScriptedEngine, serve_tcp
@@ -258,6 +259,55 @@ async def test_a_connection_too_many_is_told_so() -> None:
         async with await running.connect() as again:
             assert (await again.request("GET", "/a")).status == 200
         assert [record.outcome for record in running.unserved] == [Outcome.TOO_MANY_CONNECTIONS]
+
+
+async def test_from_the_first_level_on_connections_end_with_their_answers() -> None:
+    async with serving() as running, await running.connect() as old:
+        before = await old.request("GET", "/a")
+        running.server.take_less(Level.CLOSING)
+        async with await running.connect() as new:
+            during = [await client.request("GET", "/b") for client in (old, new)]
+        running.server.take_less(Level.CALM)
+        async with await running.connect() as client:
+            after = [await client.request("GET", "/c") for _ in range(2)]
+
+    assert before.header("connection") is None
+    assert [answer.header("connection") for answer in during] == ["close", "close"]
+    assert [answer.header("connection") for answer in after] == [None, None]
+
+
+async def test_at_the_last_level_newcomers_wait_and_idle_connections_end() -> None:
+    async with serving() as running:
+        async with await running.connect() as idle, await running.connect() as busy:
+            await idle.request("GET", "/a")
+            await busy.send(http_request("GET", "/flood"))
+            await running.app.started.wait()
+            running.server.take_less(Level.SHUT)
+            with pytest.raises(NoResponseError):
+                await idle.read_head()
+            await idle.aclose()
+            async with await running.connect() as new:
+                await new.send(http_request("GET", "/b"))
+                with trio.move_on_after(0.2) as waiting:
+                    await new.read_head()
+                assert running.server.open_connections == 1
+                assert (await busy.read_head()).status == 200  # what runs goes on
+                running.server.take_less(Level.REFUSING)
+                assert (await new.read_response()).body == b"/b"
+        await running.wait_until_empty()
+
+    assert waiting.cancelled_caught
+
+
+async def test_a_server_that_is_shut_can_be_stopped_and_answers_who_waits() -> None:
+    async with serving() as running:
+        running.server.take_less(Level.SHUT)
+        async with await running.connect() as waiting:
+            await waiting.send(http_request("GET", "/a"))
+            await trio.sleep(0.05)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(running.server.stop, 5)
+                assert (await waiting.read_response()).body == b"/a"
 
 
 async def test_a_flood_of_connections_is_held_to_the_limit() -> None:

@@ -30,7 +30,7 @@ from tests.sim.engines import Engine, Fleet
 from tests.sim.history import History, task_tree
 from tests.sim.waiting import WaitWatch
 from tests.sim.wires import Door
-from tests.support.gateway import repeatable
+from tests.support.gateway import Meter, repeatable
 from tests.support.raw_client import NoResponseError, RawClient
 
 _LAST_MISCHIEF = 4.2  # seconds: engines' last, and until no connection from before is kept
@@ -217,6 +217,7 @@ class _World:
             resolver=Resolver(lookup=_no_names),
             rng=random.Random(scenario.seed),
             log=log,
+            sensors=Meter().sensors(),
         )
 
     async def _serve(

@@ -14,6 +14,7 @@ import orjson
 import trio
 import trio.testing
 
+from citadel_gateway.app.overload import Sensors
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.loader import parse
 from citadel_gateway.io.departures import Departures
@@ -22,6 +23,7 @@ from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection
 from citadel_gateway.io.logs import JsonLog
 from citadel_gateway.io.resolver import Resolver
 from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.watermarks import Use
 from tests.support.ledger import Metrics, parse_metrics
 from tests.support.memory_net import MemoryNet
 from tests.support.raw_client import Headers, RawClient, RawResponse, http_request
@@ -95,6 +97,30 @@ class CapturedLog(JsonLog):
 
 
 @attrs.define(eq=False)
+class Meter:
+    """What the gateway is told that it uses: bytes of memory, and a share of its descriptors.
+
+    :param garbage: bytes of the memory that can be given back.
+    """
+
+    memory: int = 0
+    descriptors: float = 0.0
+    garbage: int = 0
+
+    def sensors(self) -> Sensors:
+        return Sensors(
+            resident=lambda: self.memory,
+            cgroups=list,
+            descriptors=lambda: Use(self.descriptors, 1.0),
+            give_back=self._give_back,
+        )
+
+    def _give_back(self) -> None:
+        self.memory -= self.garbage
+        self.garbage = 0
+
+
+@attrs.define(eq=False)
 class World:
     """A running gateway and everything around it.
 
@@ -107,6 +133,7 @@ class World:
     log: CapturedLog
     engines: dict[str, ScriptedEngine]
     nursery: trio.Nursery
+    meter: Meter = attrs.field(factory=Meter)
     crashes: list[Exception] = attrs.field(factory=list, init=False)
 
     def client(self) -> RawClient:
@@ -187,6 +214,7 @@ class World:
         assert in_flight == {}
         assert waitroom.taken == 0
         assert {name: waitroom.depth(name) for name in queues} == dict.fromkeys(queues, 0)
+        assert service.overload.buffers.used == 0
         assert service.pool.open_count == service.pool.idle_count == self.net.connections
         assert self.crashes == []
         assert [line for line in self.log.lines if line["event"] == "crash"] == []
@@ -233,7 +261,7 @@ async def running_gateway(
 
     with repeatable(seed):
         async with trio.open_nursery() as nursery:
-            net, log = MemoryNet(nursery), CapturedLog()
+            net, log, meter = MemoryNet(nursery), CapturedLog(), Meter()
 
             async def connect(origin: Origin) -> anyio.abc.ByteStream:
                 return await net.connect(origin.address or origin.host, origin.port)
@@ -244,6 +272,7 @@ async def running_gateway(
                 resolver=Resolver(lookup=lookup),
                 rng=random.Random(seed),
                 log=log,
+                sensors=meter.sensors(),
             )
             engines = {}
             named = [upstream.target.origin.host for upstream in service.balancer.upstreams]
@@ -251,7 +280,7 @@ async def running_gateway(
                 engines[host] = ScriptedEngine()
                 net.listen(host, PORT, engines[host].serve)
             async with service.open(), trio.open_nursery() as connections:
-                world = World(service, net, log, engines, connections)
+                world = World(service, net, log, engines, connections, meter)
                 yield world
                 await trio.sleep(_SETTLES)
                 world.assert_at_rest()

@@ -647,6 +647,70 @@ async def test_a_body_that_nobody_reads_ends_with_its_answer_whatever_it_is(
     assert talk.app.seen == ["/stream"]
 
 
+# Bodies that nobody wants.
+
+
+def refused_upload(length: int, *headers: str) -> bytes:
+    given = [("content-length", str(length)), *(tuple(h.split(": ")) for h in headers)]
+    return http_request("POST", "/unread", headers=given)  # type: ignore[arg-type]
+
+
+async def test_an_answer_before_a_small_body_costs_the_client_no_connection(
+    autojump_clock: object,
+) -> None:
+    async with talking() as talk:
+        await talk.send(refused_upload(3000) + b"x" * 1000)
+        answer = await talk.client.read_response("POST")
+        await trio.sleep(10)
+        await talk.send(b"x" * 2000 + CANARY)
+        canary = await talk.client.read_response()
+
+    assert (answer.status, answer.header("connection")) == (401, None)
+    assert canary.body == b"GET /canary "
+    assert talk.app.seen == ["/unread", "/canary"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        refused_upload(2**20 + 1),
+        http_request("POST", "/unread", headers=[("transfer-encoding", "chunked")]),
+        refused_upload(100, "expect: 100-continue"),
+    ],
+    ids=["large", "of unknown length", "waiting to be asked for"],
+)
+async def test_an_answer_before_any_other_body_ends_the_connection(
+    request_: bytes, autojump_clock: object
+) -> None:
+    async with talking() as talk:
+        await talk.send(request_)
+        answer = await talk.client.read_response("POST")
+
+        assert (answer.status, answer.header("connection")) == (401, "close")
+        await talk.expect_end()
+
+
+async def test_a_body_that_nobody_wants_has_its_time_and_no_more(autojump_clock: object) -> None:
+    async with talking() as talk:
+        await talk.send(refused_upload(3000) + b"x" * 1000)
+        await talk.client.read_response("POST")
+        await trio.sleep(7)
+        await talk.send(b"x")
+
+        assert await talk.expect_end() == 60  # and not a word more
+
+
+async def test_who_leaves_instead_of_sending_the_rest_has_left(autojump_clock: object) -> None:
+    async with talking() as talk:
+        await talk.send(refused_upload(3000))
+        await talk.client.read_response("POST")
+        await talk.client.aclose()
+        await talk.ended.wait()
+
+        assert trio.current_time() < 1
+    assert talk.crashes == []
+
+
 # Deadlines.
 
 

@@ -72,6 +72,7 @@ class Notes:
 
     phase: Phase = Phase.RECEIVING
     upstream_wait: float = 0.0
+    held: int = 0
     hang_up: Callable[[], None] = nobody_to_hang_up_on
 
 

@@ -105,7 +105,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
           ("upstream_connection_error", "upstream_protocol_error", "upstream_redirect",
            "upstream_credentials_exhausted")),
     503: ("No room or no healthy endpoint now.", "server_error",
-          ("no_healthy_backend", "draining", "queue_full", "queue_timeout",
+          ("no_healthy_backend", "draining", "queue_full", "queue_timeout", "overloaded",
            "upstream_overloaded", "gateway_exhausted", "too_many_connections")),
     504: ("A clock ran out.", "server_error",
           ("timeout_connect", "timeout_headers", "timeout_first_token", "timeout_idle",
@@ -118,7 +118,8 @@ PARAMS = {
     "endpoint_not_found": "endpoint",
     "unsupported_media_type": "content-type",
 }
-QUEUE_CODES = {"queue_full", "queue_timeout", "too_many_connections"}  # type server_overloaded
+# type server_overloaded
+QUEUE_CODES = {"queue_full", "queue_timeout", "overloaded", "too_many_connections"}
 
 ERROR_HEADERS: dict[int, list[str]] = {
     401: ["www-authenticate"],

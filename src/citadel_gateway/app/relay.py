@@ -16,7 +16,9 @@ from citadel_gateway.app.client_response import AsgiClient, Client, ClientRespon
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, Job
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.overload import Overload
 from citadel_gateway.errors import GatewayError, body_too_large, draining, internal_error
+from citadel_gateway.io.buffers import STEP, UNCOUNTED, NoRoom
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.http1_exchange import EXCHANGE, Exchange, ResponseAborted
 from citadel_gateway.io.record import Outcome, RequestRecord
@@ -44,6 +46,7 @@ class Relay:
     doorkeeper: Doorkeeper
     balancer: LoadBalancer
     orchestrator: GatewayOrchestrator
+    overload: Overload
     on_end: Callable[[RequestRecord], None]
     on_crash: Callable[[str, Exception], None]
     is_cutting: Callable[[], bool]
@@ -128,6 +131,8 @@ class Relay:
             await response.error(internal_error(executed=record.attempts > 0))
         finally:
             record.ended = trio.current_time()
+            if record.held:
+                self.overload.buffers.let_go(record)
             self.on_end(record)
             self.active -= 1
             if self._on_idle is not None and not self.active:
@@ -147,6 +152,8 @@ class Relay:
             if response.started:
                 await response.break_off(failure.error, Outcome.STREAM_BROKEN)
             await response.error(failure.error, by_upstream=True)
+        except NoRoom:
+            await response.error(self.overload.no_room())
 
     async def _accept(self, asked: _Request, response: ClientResponse) -> Job:
         """Check the head, read the body, find out where it may go.  Raises ``GatewayError``."""
@@ -158,12 +165,14 @@ class Relay:
         if key is not None:
             record.key_id = key.id
         response.headers = response.headers + doorkeeper.admit(visitor, record.began)
+        if self.overload.is_refusing:
+            raise self.overload.refusal()
         if head is None:
             head = doorkeeper.examine(visitor, fields)
         record.priority = NAMES[head.party.rank]
         deadline = record.began + head.allowed
         self.orchestrator.refuse_if_hopeless(head.party, key, record, deadline)
-        body = await _read_body(asked, head.most)
+        body = await self._read_body(asked, head.most, record)
         record.bytes_in = len(body)
         if not asked.was_complete:
             record.received = trio.current_time()
@@ -183,6 +192,39 @@ class Relay:
             longest=head.longest,
             party=head.party,
         )
+
+    async def _read_body(self, asked: _Request, most: int, record: RequestRecord) -> bytes:
+        if asked.was_complete and asked.exchange is not None:
+            body = asked.exchange.take_body()
+        else:
+            body = await self._collect_body(asked, most, record)
+        if len(body) > most:
+            raise body_too_large(most)
+        return body
+
+    async def _collect_body(self, asked: _Request, most: int, record: RequestRecord) -> bytes:
+        """The whole body, or as much of it as tells that it is larger than *most* bytes.
+
+        Raises :class:`NoRoom`: before the first byte is read, if the head tells the length.
+        """
+        buffers, room = self.overload.buffers, UNCOUNTED
+        announced = asked.fields.get(b"content-length", b"")
+        if announced.isdigit() and (length := int(announced)) > room:
+            buffers.hold(record, length)
+            room = length
+        message = await asked.receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            pieces, size = [body], len(body)
+            while message.get("more_body") and size <= most:
+                if size > room:
+                    buffers.hold(record, size - room + STEP)
+                    room = size + STEP
+                message = await asked.receive()
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+            body = b"".join(pieces)
+        return body
 
     async def _say_goodbye(self, response: ClientResponse, refusal: BadRequest | None) -> None:
         """We were cancelled, and note why.
@@ -227,30 +269,6 @@ class _Request:
     def refusal(self) -> BadRequest | None:
         """What the server found wrong with the rest, if that is why it cancelled."""
         return self.exchange.refusal if self.exchange is not None else None
-
-
-async def _read_body(asked: _Request, most: int) -> bytes:
-    if asked.was_complete and asked.exchange is not None:
-        body = asked.exchange.take_body()
-    else:
-        body = await _collect_body(asked.receive, most)
-    if len(body) > most:
-        raise body_too_large(most)
-    return body
-
-
-async def _collect_body(receive: Receive, most: int) -> bytes:
-    """The whole body, or as much of it as tells that it is larger than *most* bytes."""
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        pieces, size = [body], len(body)
-        while message.get("more_body") and size <= most:
-            message = await receive()
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-        body = b"".join(pieces)
-    return body
 
 
 @attrs.define(eq=False)

@@ -45,6 +45,7 @@ from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ig
 from citadel_gateway.io.http2_server import Http2Connection
 from citadel_gateway.io.listening import refuse_newcomers
 from citadel_gateway.io.tcp_stream import TcpStream
+from citadel_gateway.policy.watermarks import Level
 from citadel_gateway.wire.http1_response import encode_response_head
 
 _BACKLOG = 2048
@@ -102,6 +103,8 @@ class Server:
     _streams: set[Stream] = attrs.field(factory=set, init=False)
     _emptied: trio.Event = attrs.field(factory=trio.Event, init=False)
     _promises: bool = attrs.field(default=True, init=False)
+    _is_brief: bool = attrs.field(default=False, init=False)  # connections do not last for now
+    _reopened: trio.Event | None = attrs.field(default=None, init=False)  # while it is shut
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _listener: socket.socket | None = attrs.field(default=None, init=False)
     _is_shared: bool = attrs.field(init=False)
@@ -210,6 +213,25 @@ class Server:
         for connection in self._connections:
             connection.promise_nothing()
 
+    def take_less(self, level: Level) -> None:
+        """Give up what *level* says, beginning with connections that nobody uses.
+
+        Connections that are open when it begins end with their next answer even if all is well
+        again by then.
+        """
+        if level >= Level.CLOSING:
+            for connection in self._connections:
+                connection.promise_nothing()
+        self._is_brief = level >= Level.CLOSING
+        if level >= Level.SHUT and self._reopened is None:
+            self._reopened = trio.Event()
+            for connection in list(self._connections):
+                if connection.served and connection.is_idle:
+                    connection.drain()
+        elif level < Level.SHUT and self._reopened is not None:
+            self._reopened.set()
+            self._reopened = None
+
     async def cut(self) -> None:
         """End what has not ended yet; clients are told where that is possible."""
         self._serving.cancel()
@@ -227,6 +249,8 @@ class Server:
         told = -math.inf
         while not self._accepting.cancel_called:
             await trio.lowlevel.wait_readable(listener)
+            if self._reopened is not None:
+                await self._reopened.wait()
             exc = self._take_waiting(listener, _AT_ONCE)
             if exc is None:
                 continue
@@ -336,7 +360,7 @@ class Server:
         await self._run(connection)
 
     async def _run(self, connection: HttpConnection | Http2Connection) -> None:
-        if not self._promises:
+        if self._is_brief or not self._promises:
             connection.promise_nothing()
         self._connections.add(connection)
         try:

@@ -27,6 +27,7 @@ from citadel_gateway.app.generation import Generation
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.operations import Operations
+from citadel_gateway.app.overload import Overload, Sensors
 from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reload import Reloader
 from citadel_gateway.app.reports import Reports
@@ -44,7 +45,7 @@ from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.dial import Connect, Dialer, make_connect, make_tls_contexts
 from citadel_gateway.io.listening import API, MONITORING_LISTENER, Inherited, Passed
 from citadel_gateway.io.logs import JsonLog, redact
-from citadel_gateway.io.metrics import Levels, Metrics
+from citadel_gateway.io.metrics import Levels, Metrics, OverloadLevel
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
@@ -58,6 +59,7 @@ from citadel_gateway.policy.circuit_breaker import Transition
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.priority import NAMES, NEWCOMER
 from citadel_gateway.policy.waitroom import Waitroom
+from citadel_gateway.policy.watermarks import Level, Use
 from citadel_gateway.wire.openai_request import AUTO
 
 _FIRST_ROUND = 1.5  # seconds that the first probes may hold up the start
@@ -78,6 +80,7 @@ class UnifiedAPIGatewayService:
     :param rng: for random choices and jitter; seed it to repeat a run.
     :param log: where log lines go; standard error by default.
     :param file: where *config* came from, to be read again when it has changed.
+    :param sensors: tell how much memory and how many descriptors the process uses.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class UnifiedAPIGatewayService:
         rng: random.Random | None = None,
         log: JsonLog | None = None,
         file: ConfigFile | None = None,
+        sensors: Sensors | None = None,
     ) -> None:
         config = as_schema(config)
         self._rng = rng or random.Random()
@@ -121,6 +125,14 @@ class UnifiedAPIGatewayService:
         self._started = time.time()
         self._now: Callable[[], float] = time.monotonic  # until the event loop's clock runs
         self.metrics = Metrics(self._levels)
+        self.overload = Overload(
+            sensors or Sensors(),
+            on_level=self._note_level,
+            on_change=self._take_less,
+            on_refusal=self.metrics.overloaded,
+            chance=self._rng.random,
+        )
+        self.overload.limit_to(config.performance)
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         self.operations = Operations(lambda: self.balancer, self.admission.pump, self._note_order)
@@ -153,7 +165,7 @@ class UnifiedAPIGatewayService:
         orchestrator = GatewayOrchestrator(
             balancer=balancer,
             admission=self.admission,
-            client=UpstreamClient(self.pool, self.deadlines, self.pump),
+            client=UpstreamClient(self.pool, self.deadlines, self.pump, self.overload.buffers),
             metrics=self.metrics,
             suspect=lambda endpoint: self.watch.suspect(endpoint),
             draw=self._rng.random,
@@ -179,6 +191,7 @@ class UnifiedAPIGatewayService:
                 doorkeeper=doorkeeper,
                 balancer=balancer,
                 orchestrator=orchestrator,
+                overload=self.overload,
                 on_end=self._note_end,
                 on_crash=self.note_crash,
                 is_cutting=lambda: self._cutting,
@@ -302,7 +315,9 @@ class UnifiedAPIGatewayService:
 
     def is_ready(self) -> bool:
         """Whether new requests are welcome: some model can answer, and nobody has said stop."""
-        return not self.draining.is_set() and bool(self.balancer.available_models(self._now()))
+        if self.draining.is_set() or self.overload.is_refusing:
+            return False
+        return bool(self.balancer.available_models(self._now()))
 
     async def _start_servers(
         self, nursery: trio.Nursery, inherited: Sequence[Inherited]
@@ -334,6 +349,7 @@ class UnifiedAPIGatewayService:
                 "an address of the configuration",
                 socket=unused,
             )
+        self._take_less(self.overload.level)
         bound = [await nursery.start(server.run) for server in self._servers]
         self._is_listening = True
         first: Address = bound[0]
@@ -440,6 +456,7 @@ class UnifiedAPIGatewayService:
         waitroom.patience = config.load_balancer.queue_timeout
         waitroom.resize(config.load_balancer.queue_size, config.load_balancer.lower_priority_share)
         self.resolver.ttl = config.load_balancer.dns_ttl
+        self.overload.limit_to(config.performance)
         self.log.level = _level(config)
         if self._dialer is not None:
             self._dialer.renew(tls.upstream)
@@ -511,6 +528,7 @@ class UnifiedAPIGatewayService:
             "names": self.resolver.run,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
+            "overload": self.overload.run,
             "pump": self.pump.run,
         }
         if self.reloader is not None:
@@ -593,6 +611,20 @@ class UnifiedAPIGatewayService:
             error=endpoint.health.last_error,
         )
         self.admission.pump()
+
+    def _note_level(self, resource: str, level: Level, use: Use) -> None:
+        self.log.event(
+            logging.WARNING if level else logging.INFO,
+            "overload",
+            resource=resource,
+            state=level.name.lower(),
+            used=use.used,
+            limit=use.limit,
+        )
+
+    def _take_less(self, level: Level) -> None:
+        for server in self._servers[:1]:  # whoever looks at metrics and health is always welcome
+            server.take_less(level)
 
     def _note_panic(self, model: str, begins: bool) -> None:
         self.log.event(
@@ -696,6 +728,11 @@ class UnifiedAPIGatewayService:
             connections=sum(s.open_connections for s in self._servers),
             tasks=_count_tasks(),
             upstream_connections=self.pool.open_count,
+            overload=tuple(
+                OverloadLevel(resource, self.overload.level_of(resource), use.used, use.limit)
+                for resource, use in self.overload.uses.items()
+            ),
+            buffered=(self.overload.buffers.used, self.overload.buffers.limit),
             draining=self.draining.is_set(),
             log_lines_dropped=self.log.dropped,
             generation=self.generation.number,

@@ -30,6 +30,10 @@ def cross_field_problems(config: GatewayConfigSchema) -> Iterator[Problem]:
         yield from _model_rules(config, name, model)
     yield from _key_rules(config)
     yield from _listener_rules(config)
+    performance = config.performance
+    if (room := performance.max_buffered_bytes) and room < performance.max_body_bytes:
+        path = ("performance", "max_buffered_bytes")
+        yield Problem(path, f"one body may have {performance.max_body_bytes} (max_body_bytes)")
     origins = config.security.cors.allow_origins
     if "*" in origins and len(origins) > 1:
         yield Problem(("security", "cors", "allow_origins"), "'*' already allows all the others")

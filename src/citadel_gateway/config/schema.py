@@ -317,12 +317,19 @@ class PerformanceConfig:
         None, "Requests of one client that may come at once; default: five seconds' worth."
     )
     memory_limit_gb: Weight = option(
-        Weight(2.0), "Enforced by the service manager (see deploy/); shown by `check`."
+        Weight(2.0),
+        "Memory of the process, in GiB.  From 80 % of it on connections end with their answers, "
+        "from 90 % new requests are refused, from 95 % new connections wait.",
     )
     cpu_cores: Count = option(
         Count(4), "Enforced by the service manager (see deploy/); shown by `check`."
     )
     max_body_bytes: Count = option(Count(8 * 2**20), "Largest request body.")
+    max_buffered_bytes: Count | None = option(
+        None,
+        "Request bodies and whole answers above 64 KiB, all together; what does not fit is "
+        "refused before it is read.  Default: an eighth of memory_limit_gb.",
+    )
     timeouts: TimeoutsConfig = option(TimeoutsConfig(), "Clocks of models that set none.")
 
 

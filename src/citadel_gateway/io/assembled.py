@@ -9,6 +9,7 @@ from __future__ import annotations
 import attrs
 
 from citadel_gateway.io.attempt import Attempt
+from citadel_gateway.io.buffers import STEP, Buffers
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.stream_relay import check_is_stream, read_to_end
 from citadel_gateway.wire.assembly import Assembly
@@ -27,6 +28,7 @@ class AssembledAnswer:
     attempt: Attempt
     reader: StreamReader
     limit: int
+    buffers: Buffers
     _splitter: EventSplitter = attrs.field(factory=EventSplitter, init=False)
     _assembly: Assembly = attrs.field(init=False)
 
@@ -37,11 +39,14 @@ class AssembledAnswer:
         """The answer's body; raises what the upstream did wrong."""
         await check_is_stream(connection)
         self.attempt.expect_whole()
-        size = 0
+        size, room = 0, STEP  # nearly all of it are frames, which are thrown away
         while not self.reader.done and (data := await connection.read_body()):
             size += len(data)
             if size > self.limit:
                 raise BadResponse(f"the upstream's answer is larger than {self.limit} bytes")
+            if size > room:
+                await self.buffers.wait_to_hold(self.attempt.progress, STEP)
+                room += STEP
             for event in self._splitter.feed(data):
                 self._take_in(event)
         if rest := self._splitter.rest().strip():

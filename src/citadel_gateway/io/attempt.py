@@ -41,6 +41,7 @@ class Progress(Protocol):
 
     phase: Phase
     upstream_wait: float
+    held: int  # bytes of the common budget
     hang_up: Callable[[], None]
 
 

@@ -31,6 +31,8 @@ An application that knows it answers through it, and is cancelled when the clien
 """
 
 BODILESS = frozenset({204, 304})
+_CLOSES = (b"connection", b"close")
+_LARGE = 2**20
 
 
 class ResponseAborted(Exception):
@@ -41,6 +43,7 @@ class Fate(enum.Enum):
     """What becomes of a connection after an exchange."""
 
     KEEP = "keep"
+    SKIP = "skip"  # keep it, once the rest of a small body has come that nobody wants
     CLOSE = "close"
     UNANSWERED = "unanswered"  # the request turned out to be no request: say so, then close
 
@@ -119,8 +122,9 @@ class Exchange:
         """What becomes of the connection now that the application has ended, or was cancelled."""
         if self.refusal is not None and not self._started:
             return Fate.UNANSWERED
-        kept = self._finished and self._keep and self.request.complete
-        return Fate.KEEP if kept else Fate.CLOSE
+        if not (self._finished and self._keep):
+            return Fate.CLOSE
+        return Fate.KEEP if self.request.complete else Fate.SKIP
 
     def pass_on_leave(self) -> None:
         """Tell the application's own peer, in this very moment, that nobody listens any more."""
@@ -245,11 +249,14 @@ class Exchange:
         else:
             keep = False  # HTTP/1.0: the end of the connection is the end of the body
         self._keep = (
-            keep and request.keep_alive and request.complete and self.connection.may_keep_alive()
+            keep
+            and request.keep_alive
+            and (request.complete or (request.ends_soon and _CLOSES not in headers))
+            and self.connection.may_keep_alive()
         )
         headers.append((b"date", http_date()))
         if not self._keep:
-            headers.append((b"connection", b"close"))
+            headers.append(_CLOSES)
         elif request.version == "1.0":
             headers.append((b"connection", b"keep-alive"))
         head = encode_response_head(status, headers)
@@ -258,7 +265,11 @@ class Exchange:
             body = b""
         elif self._chunked and body:
             body = encode_chunk(body)
-        await self._write(head + body)
+        if len(body) > _LARGE:
+            await self._write(head)  # a copy of it all would cost more than another write
+            await self._write(body)
+        else:
+            await self._write(head + body)
 
     async def _write(self, data: bytes) -> None:
         try:

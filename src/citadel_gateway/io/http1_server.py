@@ -218,6 +218,8 @@ class HttpConnection:
                 fate = await self._run(request)
         if self._scope.cancelled_caught and self._exchange is not None:
             fate = self._exchange.fate
+            if fate is Fate.SKIP:
+                fate = Fate.CLOSE  # it has its answer, whatever became of the rest
         await self._say_goodbye(fate)
 
     async def _run(self, request: IncomingRequest) -> Fate:
@@ -225,8 +227,20 @@ class HttpConnection:
         self._set_clock(Awaited.NOTHING if request.complete else Awaited.BODY)
         exchange = self._exchange = Exchange(self, request)
         fate = await exchange.run()
+        if fate is Fate.SKIP:
+            fate = await self._skip_body(request)
         self._exchange = None
         return fate
+
+    async def _skip_body(self, request: IncomingRequest) -> Fate:
+        """Read what is left of a body without keeping it; its answer has been sent."""
+        self._set_clock(Awaited.BODY)
+        while not request.complete:
+            request.take_body()
+            if self._refusal is not None or not await self._read():
+                return Fate.CLOSE
+        request.take_body()
+        return Fate.KEEP
 
     async def _next_request(self) -> IncomingRequest | None:
         """The next request whose turn it is; ``None`` when there will be none."""

@@ -27,6 +27,7 @@ from citadel_gateway.io.series import (
 from citadel_gateway.policy.circuit_breaker import State, Transition
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.hedging import HedgeResult
+from citadel_gateway.policy.watermarks import Level
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -43,6 +44,16 @@ _SLICE = 0.0004  # seconds that making a page may hold the event loop in one go
 _REMEMBERED = 300.0  # seconds that an endpoint's counts outlive it
 
 BREAKER_LEVEL = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+
+
+@attrs.frozen
+class OverloadLevel:
+    """What is used of something that the process has only so much of."""
+
+    resource: str
+    level: Level
+    used: float
+    limit: float
 
 
 @attrs.frozen(kw_only=True)
@@ -64,6 +75,8 @@ class Levels:
     generations: int = 1
     configured_at: float = 0.0
     is_refusing: bool = False
+    overload: tuple[OverloadLevel, ...] = ()
+    buffered: tuple[float, float] = (0, math.inf)  # bytes, and how many there may be
 
 
 class Metrics:
@@ -157,6 +170,11 @@ class Metrics:
             "Times that the configuration was read again: taken, refused or crashed.",
             ["result"],
         )
+        self._overloaded = Counters(
+            "citadel_gateway_overload_refusals",
+            "Requests refused because the process is short of something.",
+            ["resource"],
+        )
         self._absent: dict[str, float] = {}
         self._labels: WeakKeyDictionary[Endpoint, str] = WeakKeyDictionary()
         self._making = trio.Lock()
@@ -212,6 +230,10 @@ class Metrics:
         """
         self._timeouts.labels(clock, model).inc()
 
+    def overloaded(self, resource: str) -> None:
+        """Count a refusal for want of ``memory``, ``descriptors``, or room for its ``buffers``."""
+        self._overloaded.labels(resource).inc()
+
     def changed(self, endpoint: Endpoint, transition: Transition) -> None:
         self._transitions.labels(endpoint.model, endpoint.url, transition.after.value).inc()
 
@@ -263,6 +285,7 @@ class Metrics:
     def _pieces(self, levels: Levels) -> Iterator[str]:
         yield from self._endpoint_gauges(levels)
         yield from _other_gauges(levels)
+        yield from _overload_gauges(levels)
         yield generate_latest(self._process).decode()
         for family in self._families:
             yield from family.pieces()
@@ -310,6 +333,7 @@ class Metrics:
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
             self._cancellations, self._rejections, self._transitions, self._timeouts,
             self._malformed, self._continuations, self._hedges, self._crashes, self._reloads,
+            self._overloaded,
         )  # fmt: skip
 
 
@@ -372,3 +396,28 @@ def _other_gauges(levels: Levels) -> Iterator[str]:
     ):
         yield head(f"citadel_gateway_{what}", doc, "gauge")
         yield f"citadel_gateway_{what} {number(value)}\n"
+
+
+def _overload_gauges(levels: Levels) -> Iterator[str]:
+    gauges: list[tuple[str, str, Callable[[OverloadLevel], float]]] = [
+        (
+            "level",
+            "0 calm, 1 connections end with their answers, 2 requests are refused, 3 connections "
+            "wait.",
+            lambda each: each.level,
+        ),
+        ("used", "Bytes of memory, or descriptors.", lambda each: each.used),
+        ("limit", "The most there may be of them.", lambda each: each.limit),
+    ]
+    for what, doc, value in gauges:
+        name = f"citadel_gateway_overload_{what}"
+        yield head(name, doc, "gauge")
+        for each in levels.overload:
+            yield f"{name}{label_text(('resource',), (each.resource,))} {number(value(each))}\n"
+    used, limit = levels.buffered
+    for what, doc, size in (
+        ("buffered_bytes", "Large bodies and whole answers in memory.", used),
+        ("buffered_bytes_limit", "The most there may be of them.", limit),
+    ):
+        yield head(f"citadel_gateway_{what}", doc, "gauge")
+        yield f"citadel_gateway_{what} {number(size)}\n"

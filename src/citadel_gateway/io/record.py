@@ -33,6 +33,7 @@ class Outcome(enum.Enum):
     RATE_LIMITED = "rate_limited"
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
+    OVERLOADED = "overloaded"
     NO_BACKEND = "no_healthy_backend"
     DRAINING = "draining"
     TOO_MANY_CONNECTIONS = "too_many_connections"
@@ -60,6 +61,7 @@ _BY_CODE = {
     "rate_limit_exceeded": Outcome.RATE_LIMITED,
     "queue_full": Outcome.QUEUE_FULL,
     "queue_timeout": Outcome.QUEUE_TIMEOUT,
+    "overloaded": Outcome.OVERLOADED,
     "no_healthy_backend": Outcome.NO_BACKEND,
     "draining": Outcome.DRAINING,
     "too_many_connections": Outcome.TOO_MANY_CONNECTIONS,
@@ -104,6 +106,7 @@ class RequestRecord:
     hang_up: Callable[[], None] = nobody_to_hang_up_on
     on_commit: Callable[[float], None] | None = None  # told the time, if somebody wants to know
     upstream_wait: float = 0.0
+    held: int = 0  # bytes of the common budget for what is buffered
     bytes_in: int = 0
     bytes_out: int = 0
     prompt_tokens: int = 0

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import attrs
 
+from citadel_gateway.io.answer import read_answer
 from citadel_gateway.io.assembled import AssembledAnswer
-from citadel_gateway.io.attempt import Attempt, Progress, read_all
+from citadel_gateway.io.attempt import Attempt, Progress
+from citadel_gateway.io.buffers import Buffers
 from citadel_gateway.io.connection import Connection
 from citadel_gateway.io.deadlines import Deadlines
+from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.stream_relay import Sink, StreamRelay
@@ -31,24 +34,37 @@ class WholeAnswer:
 
 @attrs.define(eq=False)
 class UpstreamClient:
-    """Sends requests to endpoints over the shared pool."""
+    """Sends requests to endpoints over the shared pool.
+
+    Whole answers are counted in *buffers*, as their requests'; they are given back there when a
+    request has ended.
+    """
 
     pool: ConnectionPool
     deadlines: Deadlines
     pump: Pump
+    buffers: Buffers = attrs.field(factory=Buffers)
 
     async def ask(
         self, target: Target, call: Call, timing: Timing, progress: Progress
     ) -> WholeAnswer:
-        """A whole answer, complete and valid.  Raises :class:`UpstreamFailure`."""
+        """A whole answer, complete and valid.
+
+        Raises :class:`UpstreamFailure`, or ``NoRoom`` for it.
+        """
         attempt = Attempt(self.pool, self.deadlines, target, call, timing, progress)
 
         async def read(connection: Connection) -> WholeAnswer:
             attempt.expect_whole()
-            body = await read_all(connection, MAX_ANSWER)
+            body = await read_answer(connection, MAX_ANSWER, self.buffers, progress)
             return WholeAnswer(body=body, usage=check_whole_answer(call.request.kind, body))
 
-        return await attempt.run(read)
+        held = progress.held
+        try:
+            return await attempt.run(read)
+        except UpstreamFailure:
+            self.buffers.let_go(progress, held)
+            raise
 
     async def ask_for_stream(
         self, target: Target, call: Call, timing: Timing, progress: Progress
@@ -56,7 +72,13 @@ class UpstreamClient:
         """The same from an engine that is asked for a stream, and so can be left at any time."""
         attempt = Attempt(self.pool, self.deadlines, target, call, timing, progress)
         reader = StreamReader(expected=call.request.choices)
-        body = await attempt.run(AssembledAnswer(attempt, reader, MAX_ANSWER).run)
+        answer = AssembledAnswer(attempt, reader, MAX_ANSWER, self.buffers)
+        held = progress.held
+        try:
+            body = await attempt.run(answer.run)
+        except UpstreamFailure:
+            self.buffers.let_go(progress, held)
+            raise
         return WholeAnswer(body=body, usage=reader.final_usage())
 
     async def relay(

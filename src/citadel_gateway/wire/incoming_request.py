@@ -6,6 +6,8 @@ import attrs
 
 from citadel_gateway.wire.headers import Fields, Headers
 
+_LITTLE = 2**20
+
 
 @attrs.define(eq=False)
 class IncomingRequest:
@@ -29,6 +31,16 @@ class IncomingRequest:
     @property
     def expects_continue(self) -> bool:
         return self.has_body and b"expect" in self.fields
+
+    @property
+    def ends_soon(self) -> bool:
+        """Whether to read on to its end costs less than another connection would.
+
+        Clients that send head and body in two pieces are often answered between them.  One that
+        waits to be asked for the body may send it or not.
+        """
+        length = self.content_length
+        return length is not None and length <= _LITTLE and not self.expects_continue
 
     def take_body(self) -> bytes:
         """Everything of the body that has arrived since the last call."""
