@@ -606,7 +606,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.room.taken == 0
         assert [e.in_flight for e in self.endpoints] == [0, 0]
         assert not self.room.is_anybody_waiting()
-        lines = [line for _, line in self.room._resting.values()]
+        lines = [line for _, line in self.room._lines._resting.values()]
         counters = [lane.fresh.counters for line in lines for lane in line._lanes.values()]
         for account in [a for c in (self.room._house, *counters) for a in c._accounts.values()]:
             assert account.waiting == 0

@@ -12,7 +12,6 @@ Who comes and would not be served in time is told so at once, and when to come a
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from heapq import heapify, heappop, heapreplace
 
@@ -22,14 +21,12 @@ from citadel_gateway.policy.circuit_breaker import Transition, Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.forecast import Forecast, Full, Refused, TooLong
 from citadel_gateway.policy.line import Line
+from citadel_gateway.policy.lines import Lines
 from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.ticket import Choice, Displaced, Nobody, Ticket
 from citadel_gateway.policy.virtual_tokens import Counters
 
 __all__ = ["Choice", "Displaced", "Full", "Nobody", "Refused", "Ticket", "TooLong", "Waitroom"]
-
-_REMEMBERED = 60.0  # seconds that counters outlive the last one who waited
-_MOST_RESTING = 256
 
 
 @attrs.define(eq=False)
@@ -44,26 +41,21 @@ class Waitroom:
     seats: int
     room: int
     patience: float = math.inf
-    lower_share: float = 0.1
+    _lower_share: float = 0.1
     taken: int = attrs.field(default=0, init=False)
     displaced: list[Ticket] = attrs.field(factory=list, init=False)
-    _lines: dict[Hashable, Line] = attrs.field(factory=dict, init=False)  # that are not empty
-    _resting: OrderedDict[Hashable, tuple[float, Line]] = attrs.field(
-        factory=OrderedDict, init=False
-    )
+    _lines: Lines = attrs.field(init=False)
     _house: Counters = attrs.field(factory=Counters, init=False)  # of all lines together
     _serial: int = attrs.field(default=0, init=False)
     _forecast: Forecast = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._forecast = Forecast(self.room)
+        self._forecast, self._lines = Forecast(self.room), Lines(self._lower_share)
 
     def resize(self, room: int, lower_share: float) -> None:
         """Let *room* wait in each line from now on; who waits already may stay."""
         self.room = self._forecast.room = room
-        self.lower_share = lower_share
-        for line in (*self._lines.values(), *(line for _, line in self._resting.values())):
-            line.lower_share = lower_share
+        self._lines.share(lower_share)
 
     def enter(self, ticket: Ticket, now: float) -> None:
         """Place *ticket*, or queue it; its ``outcome`` tells which.  Raises :class:`Refused`."""
@@ -102,7 +94,7 @@ class Waitroom:
             return
         ticket.outcome = self._place(ticket, now) if self.taken < self.seats else None
         if ticket.outcome is None:
-            self._line_of(ticket, now).push(ticket, None)
+            self._lines.of(ticket, now).push(ticket, None)
 
     def leave(self, ticket: Ticket, verdict: Verdict, now: float) -> Transition | None:
         """Give up whatever *ticket* holds, in whatever state it is.  :meth:`pump` afterwards."""
@@ -161,17 +153,17 @@ class Waitroom:
 
     def depth(self, queue: str, rank: int | None = None) -> int:
         """How many wait in *queue*, of one class or of all."""
-        lines = [line for line in self._lines.values() if line.queue == queue]
+        lines = self._lines.named(queue)
         return sum(line.depth if rank is None else line.depth_of(rank) for line in lines)
 
     def retry_after(self, ticket: Ticket, now: float) -> float:
         """Seconds until a request like *ticket* would be let in, at the present pace."""
-        line = self._lines.get(ticket.group) or Line(ticket.queue, self.lower_share)
-        return self._forecast.again(line, ticket.party, self._left(ticket.deadline, now))
+        line, within = self._lines.like(ticket), self._left(ticket.deadline, now)
+        return self._forecast.again(line, ticket.party, within)
 
     def wait(self, queue: str, party: Party) -> float:
         """Seconds that *party* would wait in *queue*, in its longest line; 0 if unknown."""
-        lines = (line for line in self._lines.values() if line.queue == queue)
+        lines = self._lines.named(queue)
         return max((self._forecast.wait(line, party) or 0.0 for line in lines), default=0.0)
 
     def is_hopeless(
@@ -197,10 +189,10 @@ class Waitroom:
         return min(self.patience, deadline - now)
 
     def _queue(self, ticket: Ticket, now: float) -> None:
-        line, party = self._line_of(ticket, now), ticket.party
+        line, party = self._lines.of(ticket, now), ticket.party
         within = self._left(ticket.deadline, now)
         if refused := self._forecast.refusal(line, party, within):
-            self._rest_if_empty(ticket.group, line, now)
+            self._lines.rest_if_empty(ticket.group, now)
             raise refused
         victim = line.newest_unfair(party) if line.depth >= self.room else None
         pace = self._forecast.pace(ticket.queue)
@@ -234,31 +226,11 @@ class Waitroom:
             ticket.pace = None
             self.taken -= 1
 
-    def _line_of(self, ticket: Ticket, now: float) -> Line:
-        """The line of its group; as it was before, if that was a short while ago."""
-        line = self._lines.get(ticket.group)
-        if line is None:
-            since, line = self._resting.pop(ticket.group, (-math.inf, None))
-            if line is None or now - since > _REMEMBERED:
-                line = Line(ticket.queue, self.lower_share)
-            self._lines[ticket.group] = line
-        return line
-
-    def _rest_if_empty(self, group: Hashable, line: Line, now: float) -> None:
-        if line.depth:
-            return
-        del self._lines[group]
-        line.owed = 0.0
-        if line.keeps_accounts():
-            self._resting[group] = (now, line)
-            if len(self._resting) > _MOST_RESTING:
-                self._resting.popitem(last=False)
-
     def _serve(self, ticket: Ticket, line: Line, now: float) -> None:
         if not ticket.returning and ticket.bill is not None:
             self._house.serve(ticket.bill.house)
         line.serve(ticket)
-        self._rest_if_empty(ticket.group, line, now)
+        self._lines.rest_if_empty(ticket.group, now)
 
     def _dequeue(self, ticket: Ticket, now: float) -> None:
         if (line := ticket.line) is None:
@@ -266,4 +238,4 @@ class Waitroom:
         if not ticket.returning and ticket.bill is not None:
             self._house.quit(ticket.bill.house)
         line.remove(ticket)
-        self._rest_if_empty(ticket.group, line, now)
+        self._lines.rest_if_empty(ticket.group, now)
