@@ -34,7 +34,7 @@ def quoted(cell: str) -> list[str]:
 
 def listed_codes() -> dict[str, str]:
     """Every code in the README, and the cell of its status."""
-    text = README.partition("`code` is one of:")[2].partition("\nClients may send")[0]
+    text = README.partition("`code` is one of:\n\n")[2].partition("\n\n")[0]
     return {code: status for status, codes, *_ in rows(text) for code in quoted(codes)}
 
 

@@ -589,8 +589,9 @@ class _Journey:
     delivered: Delivered | None = attrs.field(default=None, init=False)  # by a stream that broke
     rescue: Rescue | None = attrs.field(default=None, init=False)
     hedged: bool = attrs.field(default=False, init=False)  # it was time to ask a second, once
+    # May be asked once more, and leave its group first.
+    again: Upstream | None = attrs.field(default=None, init=False)
     group: Group = attrs.field(init=False)
-    again: Upstream = attrs.field(init=False)  # may be asked once more, and leave its group first
     ticket: Ticket = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -664,7 +665,9 @@ class _Journey:
 
     def upstream(self, endpoint: Endpoint) -> Upstream:
         """How to speak to *endpoint*, which is in its group, or was when it was asked before."""
-        return self.group.upstreams.get(endpoint) or self.again
+        if self.again is not None and self.again.endpoint is endpoint:
+            return self.group.upstreams.get(endpoint, self.again)
+        return self.group.upstreams[endpoint]
 
     def aim_again(self, upstream: Upstream) -> None:
         """The same; an endpoint that has been cordoned meanwhile may finish what it has begun."""
