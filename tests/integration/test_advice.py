@@ -138,7 +138,7 @@ async def test_who_could_not_be_sent_elsewhere_for_want_of_budget_is_told_not_to
 ) -> None:
     """Else its own retries would multiply what the budget bounds."""
     async with running_gateway(fleet({"m": ["a", "b"]})) as world:
-        budget = world.service.generation.orchestrator.budget
+        budget = world.service.generation.orchestrator.retrying.budget
         budget.ratio = budget.floor = 0.0
         for engine in world.engines.values():
             engine.default = engines.status(status)

@@ -254,7 +254,7 @@ async def test_it_is_asked_no_more_often_than_max_attempts(autojump_clock: MockC
 
 async def test_waiting_costs_a_retry_of_the_budget(autojump_clock: MockClock) -> None:
     async with running_gateway(config("a")) as world:
-        budget = world.service.generation.orchestrator.budget
+        budget = world.service.generation.orchestrator.retrying.budget
         budget.ratio = budget.floor = 0.0
         world.engines["a"].default = refusal(429, 2)
         response, took = await timed(world)

@@ -19,11 +19,13 @@ import trio
 
 from citadel_gateway.app import gateway_orchestrator, rescue
 from citadel_gateway.app.client_response import ClientResponse
-from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, _Journey
+from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.hedging import Race, Runner
+from citadel_gateway.app.journey import Journey
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.relay import Relay
+from citadel_gateway.app.retrying import Retrying
 from citadel_gateway.io import attempt
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.connection import Connection
@@ -280,8 +282,8 @@ def limit_begun_anew(_: Original, *args: Any) -> bool:
     return False
 
 
-@bug("another model goes on with a stream", _Journey, "keep_only")
-def continued_by_another_model(keep_only: Original, self: _Journey, groups: Any) -> None:
+@bug("another model goes on with a stream", Journey, "keep_only")
+def continued_by_another_model(keep_only: Original, self: Journey, groups: Any) -> None:
     if groups:
         keep_only(self, groups)
 
@@ -321,7 +323,7 @@ async def comments_forced_upon(
     return await kept_alive(sink, every or 0.05, work, **others)
 
 
-@bug("a comment counts as the beginning of the answer", GatewayOrchestrator, "_may_go_on")
+@bug("a comment counts as the beginning of the answer", Retrying, "may_go_on")
 def comment_counts_as_content(
     may_go_on: Original, self: GatewayOrchestrator, journey: Any, upstream: Any, failure: Any
 ) -> Any:
@@ -363,12 +365,12 @@ def retries_ignore_their_budget(_: Original, self: RetryBudget, now: float) -> b
 
 
 @bug("what may have been executed is repeated as often as it fails",
-     GatewayOrchestrator, "_may_repeat")  # fmt: skip
+     Retrying, "_may_repeat")  # fmt: skip
 def ambiguous_repeated(_: Original, self: GatewayOrchestrator, journey: Any) -> bool:
     return True
 
 
-@bug("a stream that has begun is begun again elsewhere", GatewayOrchestrator, "_may_go_on")
+@bug("a stream that has begun is begun again elsewhere", Retrying, "may_go_on")
 def retried_after_commit(
     may_go_on: Original, self: GatewayOrchestrator, journey: Any, upstream: Any, failure: Any
 ) -> Any:
@@ -376,8 +378,8 @@ def retried_after_commit(
     return may_go_on(self, journey, upstream, failure)
 
 
-@bug("an endpoint that has failed is asked again", _Journey, "aim")
-def tried_forgotten(aim: Original, self: _Journey) -> None:
+@bug("an endpoint that has failed is asked again", Journey, "aim")
+def tried_forgotten(aim: Original, self: Journey) -> None:
     self.tried.clear()
     aim(self)
 

@@ -282,10 +282,10 @@ async def test_limits_and_budgets_keep_their_level(autojump_clock: MockClock) ->
         for _ in range(5):
             statuses.append((await world.ask("m")).status)
             await adopt(world, config)
-        budget = world.service.orchestrator.budget
+        budget = world.service.orchestrator.retrying.budget
         await adopt(world, config)
 
-        assert world.service.orchestrator.budget is budget
+        assert world.service.orchestrator.retrying.budget is budget
     assert statuses == [200, 200, 200, 429, 429]
 
 

@@ -63,7 +63,7 @@ class Generation:
         self.watch.take_over(previous.watch)
         self.doorkeeper.limiter.take_over(previous.doorkeeper.limiter, now)
         balancing = self.config.load_balancer
-        budget = self.orchestrator.budget = previous.orchestrator.budget
+        budget = self.orchestrator.retrying.budget = previous.orchestrator.retrying.budget
         budget.ratio, budget.floor = balancing.retry_budget_ratio, balancing.retry_budget_floor
 
     async def run(self, on_crash: Callable[[str, Exception], None]) -> None:

@@ -13,8 +13,9 @@ import attrs
 import trio
 
 from citadel_gateway.app.client_response import AsgiClient, Client, ClientResponse
-from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator, Job
+from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
+from citadel_gateway.app.journey import Job
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.overload import Overload
 from citadel_gateway.errors import GatewayError, body_too_large, draining, internal_error
