@@ -47,7 +47,7 @@ async def timed(world: World, **fields: Any) -> tuple[RawResponse, float]:
 
 def draws(world: World, number: float) -> None:
     """Let every pause be that part of its bound."""
-    world.service.generation.orchestrator.draw = lambda: number
+    world.service.generation.orchestrator.retrying.draw = lambda: number
 
 
 def failing(world: World) -> None:

@@ -426,7 +426,10 @@ def nobody_works_for_a_request_that_is_over(run: Run) -> Iterator[str]:
 
 @invariant
 def requests_end_within_their_clocks(run: Run) -> Iterator[str]:
-    """Nobody waits for longer than the request may take, until its answer begins."""
+    """Nobody waits for longer than the request may take, until its answer begins.
+
+    But for who lets the gateway wait: for its body, or with the comments that precede the answer.
+    """
     longest = run.config["performance"]["request_timeout_seconds"]
     lines = {line["request_id"]: line for _, line in _requests(run)}
     for seen in run.seen:
@@ -435,7 +438,7 @@ def requests_end_within_their_clocks(run: Run) -> Iterator[str]:
         line = lines[seen.id]
         allowed = min(longest, seen.plan.timeout or math.inf)
         first = line.get("first_byte_ms", line["duration_ms"]) / 1000
-        slow = seen.plan.habit in {Habit.WRITES_SLOWLY, Habit.LEAVES_IN_BODY}
+        slow = seen.dawdled or seen.plan.habit in {Habit.WRITES_SLOWLY, Habit.LEAVES_IN_BODY}
         if first > allowed + _SAME + 0.001 and not slow:
             yield f"{seen.id} waited {first:g} s for its answer, with {allowed:g} s to go"
 

@@ -141,7 +141,7 @@ class GatewayOrchestrator:
         """Give up the slot: for another one, or for a pause."""
         job = journey.job
         if journey.pause is None:
-            journey.pause = failover.pause(job.record.attempts, job.deadline, self.draw)
+            journey.pause = failover.pause(job.record.attempts, job.deadline, self.retrying.draw)
         if journey.pause is None:
             self.admission.move(journey.ticket, journey.verdict)
         else:
