@@ -157,7 +157,10 @@ class Relay:
         record.client = visitor.client
         if key is not None:
             record.key_id = key.id
-        response.headers = response.headers + doorkeeper.admit(visitor, record.began)
+        if doorkeeper.is_far:
+            response.headers = response.headers + await doorkeeper.admit_far(visitor)
+        else:
+            response.headers = response.headers + doorkeeper.admit(visitor, record.began)
         if head is None:
             head = doorkeeper.examine(visitor, fields)
         record.priority = NAMES[head.party.rank]

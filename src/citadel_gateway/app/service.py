@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import signal
 import ssl
@@ -43,11 +44,14 @@ from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.dial import Connect, Dialer, make_connect, make_tls_contexts
 from citadel_gateway.io.listening import API, MONITORING_LISTENER, Inherited, Passed
 from citadel_gateway.io.logs import JsonLog, redact
-from citadel_gateway.io.metrics import Levels, Metrics
+from citadel_gateway.io.metrics import Levels, Metrics, StoreLevels
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from citadel_gateway.io.resolver import Resolver
+from citadel_gateway.io.store.base import Store
+from citadel_gateway.io.store.choose import make_store
+from citadel_gateway.io.store.membership import Membership
 from citadel_gateway.io.successor import Successor, SuccessorFailed
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
@@ -77,6 +81,8 @@ class UnifiedAPIGatewayService:
     :param rng: for random choices and jitter; seed it to repeat a run.
     :param log: where log lines go; standard error by default.
     :param file: where *config* came from, to be read again when it has changed.
+    :param workers: how many processes serve by this configuration on this host, this one included.
+    :param store: what they share; the one that the configuration says by default.
     """
 
     def __init__(
@@ -88,6 +94,8 @@ class UnifiedAPIGatewayService:
         rng: random.Random | None = None,
         log: JsonLog | None = None,
         file: ConfigFile | None = None,
+        workers: int = 1,
+        store: Store | None = None,
     ) -> None:
         config = as_schema(config)
         self._rng = rng or random.Random()
@@ -120,6 +128,7 @@ class UnifiedAPIGatewayService:
         self._started = time.time()
         self._now: Callable[[], float] = time.monotonic  # until the event loop's clock runs
         self.metrics = Metrics(self._levels)
+        self.membership = self._make_membership(config, workers, store)
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         self.operations = Operations(lambda: self.balancer, self.admission.pump, self._note_order)
@@ -148,7 +157,7 @@ class UnifiedAPIGatewayService:
             previous=None if previous is None else previous.balancer,
         )
         balancer.on_panic = self._note_panic
-        doorkeeper = Doorkeeper(config, self.metrics.rejected)
+        doorkeeper = Doorkeeper(config, self.metrics.rejected, self.membership)
         orchestrator = GatewayOrchestrator(
             balancer=balancer,
             admission=self.admission,
@@ -241,6 +250,7 @@ class UnifiedAPIGatewayService:
         """
         self._now = trio.current_time
         async with trio.open_nursery() as background:
+            await self._join(background)
             for name, task in self._background_tasks().items():
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._note_background_crash)
@@ -253,6 +263,9 @@ class UnifiedAPIGatewayService:
             finally:
                 self._background = None
                 background.cancel_scope.cancel()  # first: a probe under way is not to fail
+                with trio.move_on_after(1.0, shield=True):
+                    if self.membership is not None:
+                        await self.membership.leave()
                 with trio.CancelScope(shield=True):  # closing sockets waits for nobody
                     await self.pool.aclose()
                 with trio.move_on_after(1.0, shield=True):
@@ -510,7 +523,16 @@ class UnifiedAPIGatewayService:
         }
         if self.reloader is not None:
             tasks["reload"] = self.reloader.run
+        if self.membership is not None:
+            tasks["store"] = self.membership.run
         return tasks
+
+    async def _join(self, background: trio.Nursery) -> None:
+        """Open the store, and meet those who share it, or find that it cannot be asked."""
+        if self.membership is None:
+            return
+        await background.start(self.membership.store.run)
+        await self.membership.meet()
 
     async def _run_upkeep(self) -> None:
         """Close what has been idle for too long; forget clients that have not been seen."""
@@ -597,6 +619,16 @@ class UnifiedAPIGatewayService:
             state="too few endpoints are healthy; all are used" if begins else "over",
         )
 
+    def _note_store(self, is_alone: bool, why: str) -> None:
+        if is_alone:
+            self.log.event(
+                logging.WARNING,
+                "the store cannot be asked: local limits, each gateway its share, until it can",
+                error=why,
+            )
+        else:
+            self.log.event(logging.INFO, "the store can be asked again")
+
     def _note_order(self, what: str, endpoint: Endpoint) -> None:
         self.log.event(
             logging.INFO,
@@ -624,6 +656,16 @@ class UnifiedAPIGatewayService:
             "the name cannot be looked up; its last addresses stay in use",
             host=host,
             error=str(error),
+        )
+
+    def _make_membership(
+        self, config: GatewayConfigSchema, workers: int, store: Store | None
+    ) -> Membership | None:
+        store = store or make_store(config, workers, os.environ)
+        if store is None:
+            return None
+        return Membership(
+            store, config.store.lease, config.store.timeout, workers, self._note_store
         )
 
     def _make_pool(self, connect: Connect | None) -> ConnectionPool:
@@ -697,6 +739,13 @@ class UnifiedAPIGatewayService:
             generations=len(self._generations),
             configured_at=self.generation.since,
             is_refusing=self.reloader is not None and self.reloader.refusal is not None,
+            store=None
+            if self.membership is None
+            else StoreLevels(
+                is_up=not self.membership.is_alone,
+                members=self.membership.members,
+                misses=self.membership.misses,
+            ),
             now=self._now(),
         )
 
