@@ -11,11 +11,13 @@ import trio
 
 from tests.support.ledger import total
 from tests.support.redis_server import RedisServer, running_redis
+from tests.support.scripted_engine import status, whole_chat
 from tests.support.several import Load, configuration, engines, gateways
 
 PATIENCE = 60.0
 LOST = "the store cannot be asked: local limits, each gateway its share, until it can"
 FOUND = "the store can be asked again"
+FOLLOWS = "another gateway's finding"
 STORE = "citadel_gateway_store_"
 
 
@@ -58,12 +60,77 @@ async def test_a_limit_is_one_for_all_gateways(
     assert admitted >= 0.97 * (burst + rate * (load.last - load.first)) - 1
 
 
-# A store that is slow or gone.
+# What is known of endpoints.
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
     while not await holds():  # noqa: ASYNC110  # it is told by other processes
         await trio.sleep(0.05)
+
+
+async def test_the_probes_move_to_another_gateway_when_theirs_is_killed(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    with trio.fail_after(PATIENCE):
+        async with engines() as ([engine], ports):
+            store = {**store, "lease": 1.0}
+            fast = {"health_check_interval": 0.5}
+            config = configuration(ports, store, load_balancer=fast)
+            async with gateways(tmp_path, 3, config) as several:
+
+                async def probed_by() -> set[int]:
+                    start = len(engine.ledger)
+                    await trio.sleep(2.0)
+                    return {entry.connection for entry in engine.ledger[start:]}
+
+                before = await probed_by()
+                survivors = list(several)
+                for gateway in several:  # the one that probes is among them
+                    if len(survivors) > 1 and before & await probed_by():
+                        await gateway.kill()
+                        survivors.remove(gateway)
+                        await trio.sleep(1.5)
+                after = await probed_by()
+                statuses = [(await gateway.ask()).status for gateway in survivors]
+
+    assert (len(before), len(after)) == (1, 1)
+    assert before != after
+    assert set(statuses) == {200}
+
+
+async def test_a_breaker_that_one_gateway_opens_is_open_for_all(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    with trio.fail_after(PATIENCE):
+        async with engines() as ([engine], ports):
+            once = {"max_attempts": 1, "circuit_breaker_timeout": 3}
+            config = configuration(ports, store, load_balancer=once)
+            async with gateways(tmp_path, 3, config) as several:
+                engine.default = status(500)
+                for _ in range(5):
+                    await several[0].ask()
+                await trio.sleep(1.5)
+                asked = len(engine.posts)
+                refused = [(await gateway.ask()).status for gateway in several]
+                none_asked = len(engine.posts) == asked
+                engine.default = whole_chat("ok")
+
+                async def is_back() -> bool:
+                    return {(await gateway.ask()).status for gateway in several} == {200}
+
+                async def all_have_followed() -> bool:
+                    lines = [line for gateway in several for line in gateway.log.lines]
+                    followed = [line["after"] for line in lines if FOLLOWS in line.get("why", "")]
+                    return sorted(followed) == ["closed", "closed", "open", "open"]
+
+                await until(is_back)
+                await until(all_have_followed)
+
+    assert refused == [503] * 3
+    assert none_asked
+
+
+# A store that is slow or gone.
 
 
 async def test_a_store_that_stands_still_refuses_nobody_and_holds_up_nobody(

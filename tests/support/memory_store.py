@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import attrs
 import trio
@@ -80,9 +81,12 @@ class MemoryStore:
             if name in self.memory.caps:
                 self.memory.caps[name].leave(member)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> NoReturn:
         task_status.started()
-        await trio.sleep_forever()
+        while True:
+            await trio.sleep_forever()
 
     def _check(self) -> None:
         if self.is_out:

@@ -73,6 +73,7 @@ class GatewayOrchestrator:
     Everything a job holds is on its ticket, and the ticket is given back in one ``finally``.
 
     :param suspect: told of endpoints that could not be reached, so that they are probed at once.
+    :param cooled: told of endpoints that asked to be left alone.
     """
 
     balancer: LoadBalancer
@@ -80,6 +81,7 @@ class GatewayOrchestrator:
     client: UpstreamClient
     metrics: Metrics
     suspect: Callable[[Endpoint], None]
+    cooled: Callable[[Endpoint], None]
     budget: RetryBudget = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -300,6 +302,7 @@ class GatewayOrchestrator:
         now = trio.current_time()
         if failure.cool_down is not None:
             upstream.endpoint.cool_down(failure.cool_down, now)
+            self.cooled(upstream.endpoint)
         if failure.error.code in {"upstream_connection_error", "timeout_connect"}:
             self.suspect(upstream.endpoint)
 

@@ -21,6 +21,7 @@ import trio
 
 from citadel_gateway.app.admin import MONITORING
 from citadel_gateway.app.cors import Cors
+from citadel_gateway.app.findings import Findings
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.generation import Generation
@@ -129,6 +130,14 @@ class UnifiedAPIGatewayService:
         self._now: Callable[[], float] = time.monotonic  # until the event loop's clock runs
         self.metrics = Metrics(self._levels)
         self.membership = self._make_membership(config, workers, store)
+        self.findings: Findings | None = None
+        if self.membership is not None:
+            self.findings = Findings(
+                self.membership,
+                watch=lambda: self.watch,
+                on_transition=self._tell_of,
+                on_room=self.admission.pump,
+            )
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         self.operations = Operations(lambda: self.balancer, self.admission.pump, self._note_order)
@@ -164,6 +173,7 @@ class UnifiedAPIGatewayService:
             client=UpstreamClient(self.pool, self.deadlines, self.pump),
             metrics=self.metrics,
             suspect=lambda endpoint: self.watch.suspect(endpoint),
+            cooled=self._note_cool_down,
         )
         monitoring = config.monitoring
         return Generation(
@@ -178,6 +188,7 @@ class UnifiedAPIGatewayService:
                 on_flip=self._note_flip,
                 on_arrival=self._note_arrival,
                 on_crash=self._note_background_crash,
+                sharing=self.findings,
             ),
             doorkeeper=doorkeeper,
             orchestrator=orchestrator,
@@ -250,7 +261,8 @@ class UnifiedAPIGatewayService:
         """
         self._now = trio.current_time
         async with trio.open_nursery() as background:
-            await self._join(background)
+            if self.membership is not None:
+                await background.start(self.membership.store.run)
             for name, task in self._background_tasks().items():
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._note_background_crash)
@@ -262,10 +274,10 @@ class UnifiedAPIGatewayService:
                 yield
             finally:
                 self._background = None
-                background.cancel_scope.cancel()  # first: a probe under way is not to fail
                 with trio.move_on_after(1.0, shield=True):
                     if self.membership is not None:
                         await self.membership.leave()
+                background.cancel_scope.cancel()  # first: a probe under way is not to fail
                 with trio.CancelScope(shield=True):  # closing sockets waits for nobody
                     await self.pool.aclose()
                 with trio.move_on_after(1.0, shield=True):
@@ -527,13 +539,6 @@ class UnifiedAPIGatewayService:
             tasks["store"] = self.membership.run
         return tasks
 
-    async def _join(self, background: trio.Nursery) -> None:
-        """Open the store, and meet those who share it, or find that it cannot be asked."""
-        if self.membership is None:
-            return
-        await background.start(self.membership.store.run)
-        await self.membership.meet()
-
     async def _run_upkeep(self) -> None:
         """Close what has been idle for too long; forget clients that have not been seen."""
         forget_at = trio.current_time() + _FORGET
@@ -588,6 +593,16 @@ class UnifiedAPIGatewayService:
             self.log.request(fields)
 
     def _note_transition(self, endpoint: Endpoint, transition: Transition) -> None:
+        """A breaker has changed through what happened here; others who share it are told, too."""
+        if self.findings is not None:
+            self.findings.changed(endpoint, transition)
+        self._tell_of(endpoint, transition)
+
+    def _note_cool_down(self, endpoint: Endpoint) -> None:
+        if self.findings is not None:
+            self.findings.cooled(endpoint)
+
+    def _tell_of(self, endpoint: Endpoint, transition: Transition) -> None:
         self._breaker_news.set()
         self.metrics.changed(endpoint, transition)
         self.log.event(

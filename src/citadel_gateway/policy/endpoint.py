@@ -66,8 +66,15 @@ class Endpoint:
 
     def probed(self, error: str | None, now: float) -> bool:
         """Learn a probe's result, ``None`` when it was good; true if it became well or ill."""
+        return self._observed(lambda: self.health.observe(error, now), now)
+
+    def told(self, error: str | None, healthy: bool, now: float) -> bool:
+        """The same for what somebody else has found out about it."""
+        return self._observed(lambda: self.health.adopt(error, healthy, now), now)
+
+    def _observed(self, observe: Callable[[], bool], now: float) -> bool:
         is_first, was_used = self.health.observed_at is None, self.is_in_service()
-        flipped = self.health.observe(error, now)
+        flipped = observe()
         if flipped and not was_used and (self.is_newcomer or not is_first):
             self.start_slowly(now)
         if flipped or is_first:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 import attrs
@@ -43,7 +44,7 @@ class Membership:
     misses: int = attrs.field(default=0, init=False)  # requests that the store did not decide
     won: frozenset[str] = attrs.field(default=frozenset(), init=False)  # tasks it does for all
     claims: Callable[[], Iterable[str]] = attrs.field(default=tuple, init=False)
-    on_post: Callable[[str, str], None] = attrs.field(default=lambda *_: None, init=False)
+    on_posts: Callable[[Mapping[str, str]], None] = attrs.field(default=lambda _: None, init=False)
     on_news: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     _known: bool = attrs.field(default=False, init=False)  # whether it is alone was told
     _row: int = attrs.field(default=0, init=False)  # misses in a row
@@ -51,6 +52,7 @@ class Membership:
     _good_until: float = attrs.field(default=-math.inf, init=False)
     _outbox: dict[str, str] = attrs.field(factory=dict, init=False)
     _posted: dict[str, str] = attrs.field(factory=dict, init=False)
+    _meeting: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _hurry: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     @property
@@ -104,6 +106,10 @@ class Membership:
     def post(self, name: str, text: str) -> None:
         """Let all others know, soon; what it said under the same name before is forgotten."""
         self._outbox[name] = f"{self.name} {text}"
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Meet the others at once."""
         self._hurry.set()
 
     async def run(self) -> NoReturn:
@@ -116,6 +122,10 @@ class Membership:
 
     async def meet(self) -> None:
         """Once: say what there is to say, and hear what there is to hear."""
+        async with self._meeting:
+            await self._meet()
+
+    async def _meet(self) -> None:
         posts, self._outbox = self._outbox, {}
         statement = Statement(
             member=self.name,
@@ -141,21 +151,25 @@ class Membership:
 
     async def leave(self) -> None:
         """Others need not wait for the lease to end.  For a shielded, bounded scope."""
-        try:
-            await self.store.meet(Statement(member=self.name, lease=0.0))
-        except StoreUnavailable:
+        if self.is_alone:
             return
+        async with self._meeting:
+            with suppress(StoreUnavailable):
+                await self.store.meet(Statement(member=self.name, lease=0.0))
 
     def _hear(self, news: News) -> None:
         self.members, self.won, self._seen = news.members, news.won, news.version
         if news.was_emptied:
             self._outbox = {**self._posted, **self._outbox}
-            self._hurry.set()
+            self.hurry()
+        heard = {}
         for name, text in news.posts.items():
             member, _, said = text.partition(" ")
             if member != self.name:
                 self._posted.pop(name, None)  # theirs is newer
-                self.on_post(name, said)
+                heard[name] = said
+        if heard:
+            self.on_posts(heard)
         self.on_news()
 
     def _missed(self, why: str) -> None:
