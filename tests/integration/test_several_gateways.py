@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import pytest
 import trio
 
 from tests.support.ledger import total
+from tests.support.raw_client import NoResponseError
 from tests.support.redis_server import RedisServer, running_redis
-from tests.support.scripted_engine import status, whole_chat
-from tests.support.several import Load, configuration, engines, gateways
+from tests.support.scripted_engine import MODEL, Script, sleep, status, whole_chat
+from tests.support.several import GatewayProcess, Load, configuration, engines, gateways
 
 PATIENCE = 60.0
 LOST = "the store cannot be asked: local limits, each gateway its share, until it can"
@@ -58,6 +59,67 @@ async def test_a_limit_is_one_for_all_gateways(
     assert set(load.statuses) == {200, 429}
     assert admitted <= burst + rate * (load.last - load.first) + 1
     assert admitted >= 0.97 * (burst + rate * (load.last - load.first)) - 1
+
+
+# Caps.
+
+
+def slow(seconds: float) -> Script:
+    return Script([sleep(seconds), *whole_chat("ok").steps])
+
+
+async def ask_many(several: Sequence[GatewayProcess], each: int) -> list[int]:
+    """The statuses; 0 for those who got no answer."""
+    statuses = []
+
+    async def ask(gateway: GatewayProcess) -> None:
+        try:
+            statuses.append((await gateway.ask()).status)
+        except (OSError, NoResponseError, trio.BrokenResourceError):
+            statuses.append(0)
+
+    async with trio.open_nursery() as nursery:
+        for gateway in several:
+            for _ in range(each):
+                nursery.start_soon(ask, gateway)
+    return statuses
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+async def test_a_cap_is_one_for_all_gateways(
+    tmp_path: Path, store: dict[str, Any], count: int
+) -> None:
+    with trio.fail_after(PATIENCE):
+        async with engines(2) as (fleet, ports):
+            for engine in fleet:
+                engine.default = slow(0.1)
+            config = configuration(ports, store, performance={"max_concurrent_requests": 7})
+            config["models"][MODEL]["max_concurrent"] = 4
+            async with gateways(tmp_path, count, config) as several:
+                statuses = await ask_many(several, 80 // count)
+
+    assert statuses == [200] * 80
+    assert max(engine.max_in_flight for engine in fleet) <= 4
+    assert sum(engine.max_in_flight for engine in fleet) >= 7
+
+
+async def test_a_killed_gateways_part_of_a_cap_comes_back(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    with trio.fail_after(PATIENCE):
+        async with engines() as ([engine], ports):
+            engine.default = slow(60.0)
+            config = configuration(ports, {**store, "lease": 2.0})
+            config["models"][MODEL]["max_concurrent"] = 4
+            async with gateways(tmp_path, 2, config) as several, trio.open_nursery() as nursery:
+                nursery.start_soon(ask_many, several[:1], 4)
+                await engine.wait_until(lambda: engine.in_flight == 4)
+                engine.default = slow(0.0)
+                await several[0].kill()
+                statuses = await ask_many(several[1:], 8)
+
+    assert statuses == [200] * 8
+    assert engine.max_in_flight == 4
 
 
 # What is known of endpoints.

@@ -276,13 +276,9 @@ async def test_members_notice_that_the_board_was_emptied(make: Opening) -> None:
 
 
 async def test_what_is_held_together_is_never_more_than_the_cap(make: Opening) -> None:
-    clock = Clock()
-    async with make(clock) as store:
-        await store.report("one", LEASE, {"all": Need(10, 0, 0, 0)})
-        clock.now += GRACE
-
-        one = await store.report("one", LEASE, {"all": Need(10, 0, 0, 8)})
-        other = await store.report("other", LEASE, {"all": Need(10, 0, 0, 8)})
+    async with make(Clock()) as store:
+        one = await store.report("one", LEASE, {"all": Need(10, None, 0, 8)})
+        other = await store.report("other", LEASE, {"all": Need(10, None, 0, 8)})
 
         assert one["all"] == Grant(limit=9, held=9, is_contended=False)
         assert other["all"] == Grant(limit=1, held=1, is_contended=False)
@@ -293,26 +289,25 @@ async def test_what_is_held_together_is_never_more_than_the_cap(make: Opening) -
 async def test_a_dead_members_share_comes_back(make: Opening) -> None:
     clock = Clock()
     async with make(clock) as store:
-        await store.report("one", LEASE, {"all": Need(4, 0, 0, 0)})
-        clock.now += GRACE
-        await store.report("one", LEASE, {"all": Need(4, 0, 0, 4)})
+        await store.report("one", LEASE, {"all": Need(4, None, 0, 4)})
+        assert (await store.report("other", LEASE, {"all": Need(4, None, 0, 4)}))["all"].limit == 0
+
+        clock.now += LEASE - 0.1
         assert (await store.report("other", LEASE, {"all": Need(4, 0, 0, 4)}))["all"].limit == 0
 
-        clock.now += LEASE
+        clock.now += 0.1
 
         assert (await store.report("other", LEASE, {"all": Need(4, 0, 0, 4)}))["all"].limit == 4
 
 
 async def test_who_leaves_gives_its_shares_back(make: Opening) -> None:
-    clock = Clock()
-    async with make(clock) as store:
-        await store.report("one", LEASE, {"a": Need(4, 0, 0, 0), "b": Need(4, 0, 0, 0)})
-        clock.now += GRACE
-        await store.report("one", LEASE, {"a": Need(4, 0, 0, 4), "b": Need(4, 0, 0, 4)})
+    async with make(Clock()) as store:
+        await store.report("one", LEASE, {"a": Need(4, None, 0, 4), "b": Need(4, None, 0, 4)})
 
         await store.leave("one", ["a", "b"])
 
-        told = await store.report("other", LEASE, {"a": Need(4, 0, 0, 4), "b": Need(4, 0, 0, 4)})
+        needs = {"a": Need(4, None, 0, 4), "b": Need(4, None, 0, 4)}
+        told = await store.report("other", LEASE, needs)
         assert {name: grant.limit for name, grant in told.items()} == {"a": 4, "b": 4}
 
 
@@ -323,12 +318,15 @@ async def test_after_a_loss_nobody_gets_more_until_all_have_said_what_they_have(
     async with make(clock) as store:  # which has lost everything
         told = await store.report("one", LEASE, {"all": Need(10, 4, 4, 6)})
         assert told["all"].limit == 4
-        told = await store.report("other", LEASE, {"all": Need(10, 6, 6, 4)})
-        assert told["all"].limit == 5  # its even share; what is in use stays held for it
-        assert told["all"].held == 6
+        told = await store.report("new", LEASE, {"all": Need(10, None, 0, 6)})
+        assert told["all"].limit == 0
+        told = await store.report("other", LEASE, {"all": Need(10, 6, 6, 0)})
+        assert (told["all"].limit, told["all"].held) == (3, 6)
 
         clock.now += GRACE
-        told = await store.report("one", LEASE, {"all": Need(10, 4, 4, 6)})
+        told = await store.report("other", LEASE, {"all": Need(10, 6, 2, 0)})
+        assert told["all"].limit == 2
+        told = await store.report("new", LEASE, {"all": Need(10, 0, 0, 6)})
         assert told["all"].limit == 4
 
 
@@ -336,17 +334,16 @@ async def test_after_a_loss_nobody_gets_more_until_all_have_said_what_they_have(
 async def test_all_stores_share_out_the_same(make: Opening, seed: int) -> None:
     rng, clock, model = random.Random(seed), Clock(), Memory()
     reference = MemoryStore(model, clock)
-    held = {name: dict.fromkeys("ab", 0) for name in ("m1", "m2", "m3", "m4")}
+    members = ("m1", "m2", "m3", "m4")
+    held: dict[str, dict[str, int | None]] = {m: dict.fromkeys("ab") for m in members}
     async with make(clock) as store:
         for _ in range(150):
             clock.now += rng.choice([0.0, 0.25, rng.random(), 2.0])
             member = rng.choice(list(held))
-            needs = {
-                cap: Need(
-                    7, held[member][cap], rng.randint(0, held[member][cap]), rng.randint(0, 4)
-                )
-                for cap in rng.sample("ab", rng.randint(1, 2))
-            }
+            needs = {}
+            for cap in rng.sample("ab", rng.randint(1, 2)):
+                had = held[member][cap]
+                needs[cap] = Need(7, had, rng.randint(0, had or 0), rng.randint(0, 4))
 
             got = await store.report(member, LEASE, needs)
 

@@ -70,7 +70,7 @@ class MemoryStore:
         self._check()
         now = self.clock()
         return {
-            name: self.memory.caps.setdefault(name, Cap(now)).report(member, need, lease, now)
+            name: self.memory.caps.setdefault(name, Cap()).report(member, need, lease, now)
             for name, need in needs.items()
         }
 

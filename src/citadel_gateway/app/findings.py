@@ -159,7 +159,7 @@ class Findings:
     def _read(self) -> None:
         """What is about endpoints that are not known here is kept until they are."""
         now = trio.current_time()
-        checkers = {self._name(c.endpoint): c for c in self.watch().checkers}
+        checkers = {self.name(c.endpoint): c for c in self.watch().checkers}
         for post, text in [*self._unread.items()]:
             kind, _, name = post.partition(" ")
             if (checker := checkers.get(name)) is not None:
@@ -197,9 +197,9 @@ class Findings:
         self.membership.post(self._task(kind, endpoint), orjson.dumps(said).decode())
 
     def _task(self, kind: str, endpoint: Endpoint) -> str:
-        return f"{kind} {self._name(endpoint)}"
+        return f"{kind} {self.name(endpoint)}"
 
-    def _name(self, endpoint: Endpoint) -> str:
+    def name(self, endpoint: Endpoint) -> str:
         """The same for every gateway for which it is the same server."""
         name = f"{endpoint.model} {endpoint.url}"
         return f"{name} on {self.host}" if _is_local(endpoint.url) else name

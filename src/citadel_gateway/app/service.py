@@ -20,13 +20,14 @@ import attrs
 import trio
 
 from citadel_gateway.app.admin import MONITORING
+from citadel_gateway.app.caps import Caps
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.findings import Findings
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.generation import Generation
 from citadel_gateway.app.guard import Doorkeeper
-from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
 from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reload import Reloader
@@ -131,12 +132,20 @@ class UnifiedAPIGatewayService:
         self.metrics = Metrics(self._levels)
         self.membership = self._make_membership(config, workers, store)
         self.findings: Findings | None = None
+        self.caps: Caps | None = None
         if self.membership is not None:
             self.findings = Findings(
                 self.membership,
                 watch=lambda: self.watch,
                 on_transition=self._tell_of,
                 on_room=self.admission.pump,
+            )
+            self.caps = Caps(
+                self.membership,
+                self.admission,
+                seats=lambda: self.config.performance.max_concurrent_requests,
+                endpoints=lambda: (u.endpoint for u in self._upstreams()),
+                name=self.findings.name,
             )
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
@@ -164,6 +173,7 @@ class UnifiedAPIGatewayService:
             rng=self._rng,
             resolver=self.resolver,
             previous=None if previous is None else previous.balancer,
+            share=None if self.caps is None else 0,
         )
         balancer.on_panic = self._note_panic
         doorkeeper = Doorkeeper(config, self.metrics.rejected, self.membership)
@@ -268,6 +278,8 @@ class UnifiedAPIGatewayService:
                     partial(supervise, task, name=name, on_crash=self._note_background_crash)
                 )
             await self.watch.look_once(_FIRST_ROUND)
+            if self.caps is not None:
+                await self.caps.begun.wait()
             background.start_soon(self._run_generation, self.generation)
             self._background = background
             try:
@@ -275,8 +287,9 @@ class UnifiedAPIGatewayService:
             finally:
                 self._background = None
                 with trio.move_on_after(1.0, shield=True):
-                    if self.membership is not None:
+                    if self.membership is not None and self.caps is not None:
                         await self.membership.leave()
+                        await self.caps.leave()
                 background.cancel_scope.cancel()  # first: a probe under way is not to fail
                 with trio.CancelScope(shield=True):  # closing sockets waits for nobody
                     await self.pool.aclose()
@@ -455,7 +468,10 @@ class UnifiedAPIGatewayService:
         before = {u.endpoint.url for u in previous.balancer.upstreams}
         generation.take_over(previous, self._now())
         waitroom = self.admission.waitroom
-        waitroom.seats = config.performance.max_concurrent_requests
+        if self.caps is None:
+            waitroom.seats = config.performance.max_concurrent_requests
+        else:
+            self.caps.hurry()
         waitroom.patience = config.load_balancer.queue_timeout
         waitroom.lower_share = config.load_balancer.lower_priority_share
         waitroom.resize(config.load_balancer.queue_size)
@@ -535,8 +551,9 @@ class UnifiedAPIGatewayService:
         }
         if self.reloader is not None:
             tasks["reload"] = self.reloader.run
-        if self.membership is not None:
+        if self.membership is not None and self.caps is not None:
             tasks["store"] = self.membership.run
+            tasks["caps"] = self.caps.run
         return tasks
 
     async def _run_upkeep(self) -> None:
@@ -733,10 +750,14 @@ class UnifiedAPIGatewayService:
                 "no API key is configured: everybody who can connect may use the models",
             )
 
+    def _upstreams(self) -> list[Upstream]:
+        """All that may have requests."""
+        return [*self.balancer.upstreams, *self.balancer.leaving]
+
     def _levels(self) -> Levels:
         waitroom, queues = self.admission.waitroom, (*self.balancer.models, AUTO)
         return Levels(
-            endpoints=tuple(u.endpoint for u in (*self.balancer.upstreams, *self.balancer.leaving)),
+            endpoints=tuple(u.endpoint for u in self._upstreams()),
             panics={name: m.quorum.is_panicking for name, m in self.balancer.models.items()},
             queue_depths={
                 (queue, name): waitroom.depth(queue, rank)

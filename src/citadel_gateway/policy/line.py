@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from heapq import heapify, heappop, heappush
+from typing import TypeAlias
 
 import attrs
 
@@ -11,6 +12,8 @@ from citadel_gateway.policy.fair_queue import FairQueue
 from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.ticket import Bill, Ticket
 from citadel_gateway.policy.virtual_tokens import Account
+
+Bid: TypeAlias = "tuple[int, bool, float, int, int, Line, Ticket]"
 
 _DUE = 1 - 1e-9  # a turn; tenths of it do not add up to one exactly
 
@@ -199,3 +202,12 @@ class Line:
         if not lane.depth:
             lane.owed = 0.0
             self._ranks.remove(ticket.party.rank)
+
+
+def bid_of(line: Line) -> Bid:
+    """How the head of *line* compares with others; the lowest goes first."""
+    ticket, urgency = line.first(), line.urgency()
+    if ticket.returning or ticket.bill is None:
+        return urgency, False, 0.0, 0, ticket.serial, line, ticket
+    house = ticket.bill.house
+    return urgency, True, house.counter, house.turn, ticket.serial, line, ticket

@@ -7,15 +7,17 @@ old; so all that is held together is never more than the cap, and nobody has to 
 
 While there is enough for all, everybody has some to spare, and as much again stays free for
 whoever asks next.  When there is not, the cap is shared out evenly among those who need it: nobody
-gets more than he needs, and what cannot be divided goes to who has waited longest.  Members who
-have more than that begin nothing new, and what they finish is free at their next report.
+gets more than he needs, and what cannot be divided goes to who has least, and has waited longest.
+Members who have more than that begin nothing new; what they finish is free at their next report.
 
 Who has been forgotten, because the store lost everything, brings along what was held for it.  Until
-all have had the time to do that, nobody gets more than he had.
+all have had the time to do that, nobody gets more than he had.  Whoever has never reported before
+brings nothing, and so begins no such time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -28,13 +30,13 @@ _SPARED = 2  # of what is left over, the part that nobody gets in advance
 class Need:
     """A member's report.
 
-    :param held: what was held for it when it last heard; 0 if that is too long ago.
+    :param held: what was held for it when it last heard; ``None`` if it never reported before.
     :param used: what it uses now.
     :param wants: what it could use besides.
     """
 
     cap: int
-    held: int
+    held: int | None
     used: int
     wants: int
 
@@ -56,7 +58,7 @@ class Share:
     """What is written down of a member.
 
     :param need: what it uses and could use besides.
-    :param since: when it got more for the last time, or needed nothing more.
+    :param since: when it got more or less for the last time, or needed nothing more.
     """
 
     held: int
@@ -69,10 +71,10 @@ class Share:
 class Cap:
     """Nothing but plain values, so that it can be kept anywhere.
 
-    :param born: when the first member reported.
+    :param lost_at: when somebody noticed that everything was lost.
     """
 
-    born: float
+    lost_at: float = -math.inf
     shares: dict[str, Share] = attrs.field(factory=dict)
 
     def report(self, member: str, need: Need, lease: float, now: float) -> Grant:
@@ -80,7 +82,9 @@ class Cap:
         for gone in [m for m, share in self.shares.items() if share.until <= now]:
             del self.shares[gone]
         before = self.shares.get(member)
-        mine = Share(need.held, 0, now, 0.0) if before is None else before
+        mine = Share(need.held or 0, 0, now, 0.0) if before is None else before
+        if before is None and need.held is not None:
+            self.lost_at = now
         had = mine.held
         mine.need, mine.until = need.used + need.wants, now + lease
         if not need.wants:
@@ -89,10 +93,10 @@ class Cap:
         others = [share for m, share in self.shares.items() if m != member]
         free = need.cap - sum(share.held for share in others)
         limit = max(0, min(self._due(member, need.cap), free))
-        if now < self.born + GRACE:
+        if now < self.lost_at + GRACE:
             limit = min(limit, had)
         mine.held = max(need.used, limit)
-        if mine.held > had:
+        if mine.held != had:
             mine.since = now
         waiting = any(share.need > share.held for share in others)
         return Grant(limit, mine.held, is_contended=waiting)
@@ -118,5 +122,5 @@ class Cap:
         if member not in rest:
             return self.shares[member].need
         even, odd = divmod(left, len(rest))
-        longest = sorted(rest, key=lambda who: (rest[who].since, who))
-        return even + (member in longest[:odd])
+        first = sorted(rest, key=lambda who: (rest[who].held, rest[who].since, who))
+        return even + (member in first[:odd])

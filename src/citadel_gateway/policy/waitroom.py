@@ -15,14 +15,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from heapq import heapify, heappop, heapreplace
-from typing import TypeAlias
 
 import attrs
 
 from citadel_gateway.policy.circuit_breaker import Transition, Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.forecast import Forecast, Full, Refused, TooLong
-from citadel_gateway.policy.line import Line
+from citadel_gateway.policy.line import Line, bid_of
 from citadel_gateway.policy.priority import Party
 from citadel_gateway.policy.ticket import Choice, Displaced, Nobody, Ticket
 from citadel_gateway.policy.virtual_tokens import Counters
@@ -31,8 +30,6 @@ __all__ = ["Choice", "Displaced", "Full", "Nobody", "Refused", "Ticket", "TooLon
 
 _REMEMBERED = 60.0  # seconds that counters outlive the last one who waited
 _MOST_RESTING = 256
-
-_Bid: TypeAlias = "tuple[int, bool, float, int, int, Line, Ticket]"
 
 
 @attrs.define(eq=False)
@@ -110,7 +107,7 @@ class Waitroom:
         called, self.displaced = self.displaced, []
         if not self._lines or self.taken >= self.seats:
             return called
-        bids = [_bid(line) for line in self._lines.values()]
+        bids = [bid_of(line) for line in self._lines.values()]
         heapify(bids)
         stuck: list[Line] = []  # whom nobody can take
         rank = math.inf  # of the most urgent who was placed
@@ -128,7 +125,7 @@ class Waitroom:
             else:
                 self._dequeue(ticket, now)
             if line.depth:
-                heapreplace(bids, _bid(line))
+                heapreplace(bids, bid_of(line))
             else:
                 heappop(bids)
         for line in (*stuck, *(bid[-2] for bid in bids)):
@@ -138,6 +135,10 @@ class Waitroom:
     def is_anybody_waiting(self) -> bool:
         """Whether :meth:`pump` could have anything to do."""
         return bool(self._lines or self.displaced)
+
+    def waiting(self) -> list[tuple[Hashable, int]]:
+        """How many wait, by their groups."""
+        return [(group, line.depth) for group, line in self._lines.items()]
 
     def depth(self, queue: str, rank: int | None = None) -> int:
         """How many wait in *queue*, of one class or of all."""
@@ -249,12 +250,3 @@ class Waitroom:
             self._house.quit(ticket.bill.house)
         line.remove(ticket)
         self._rest_if_empty(ticket.group, line, now)
-
-
-def _bid(line: Line) -> _Bid:
-    """How the head of *line* compares with others; the lowest goes first."""
-    ticket, urgency = line.first(), line.urgency()
-    if ticket.returning or ticket.bill is None:
-        return urgency, False, 0.0, 0, ticket.serial, line, ticket
-    house = ticket.bill.house
-    return urgency, True, house.counter, house.turn, ticket.serial, line, ticket

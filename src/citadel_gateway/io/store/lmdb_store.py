@@ -130,7 +130,7 @@ class LmdbStore:
         with self._turn() as txn:
             for name, need in needs.items():
                 key = _CAP + name.encode()
-                cap = _cap(txn.get(key)) or Cap(now)
+                cap = _cap(txn.get(key)) or Cap()
                 grants[name] = cap.report(member, need, lease, now)
                 txn.put(key, orjson.dumps(attrs.asdict(cap)))
         return grants
@@ -228,4 +228,4 @@ def _cap(kept: bytes | memoryview | None) -> Cap | None:
         return None
     fields = orjson.loads(kept)
     shares = {member: Share(**share) for member, share in fields["shares"].items()}
-    return Cap(fields["born"], shares)
+    return Cap(fields["lost_at"] or 0.0, shares)
