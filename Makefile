@@ -59,10 +59,11 @@ bench: $(VENV)/installed
 bench-instructions: $(VENV)/installed
 	$(BIN)/python -m bench.instructions $(ARGS)
 
-# Programs that some checks call and skip without: promtool, ab, systemd-analyze, curl.
+# Programs that some checks call and skip without: promtool, ab, systemd-analyze, curl,
+# redis-server.
 tools:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends prometheus apache2-utils systemd curl >/dev/null
+	apt-get install -y -qq --no-install-recommends prometheus apache2-utils systemd curl redis-server >/dev/null
 
 clean:
 	rm -rf $(VENV) .peers .mypy_cache .pytest_cache .ruff_cache

@@ -16,8 +16,8 @@ from citadel_gateway.policy.circuit_breaker import (
     State,
     Transition,
     Verdict,
-    Window,
 )
+from citadel_gateway.policy.sliding_window import Window
 
 steady = settings(deadline=None, derandomize=True)
 

@@ -173,7 +173,7 @@ def test_the_schema_is_strict_and_explains_every_option() -> None:
 
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     objects = [schema, *(d for d in schema["$defs"].values() if d.get("type") == "object")]
-    assert len(objects) == 14
+    assert len(objects) == 15
     for section in objects:
         assert section["additionalProperties"] is False
         assert section["description"]

@@ -64,7 +64,7 @@ class GatewayOrchestrator:
     client: UpstreamClient
     metrics: Metrics
     suspect: Callable[[Endpoint], None]
-    on_rest: Callable[[], None]
+    on_rest: Callable[[Endpoint], None]
     draw: Callable[[], float] = random.random
     retrying: Retrying = attrs.field(init=False)
     _clocks: Clocks = attrs.field(init=False)
@@ -416,7 +416,7 @@ class GatewayOrchestrator:
         now = trio.current_time()
         if failure.cool_down is not None:
             upstream.endpoint.cool_down(failure.cool_down, now)
-            self.on_rest()
+            self.on_rest(upstream.endpoint)
         if failure.error.code in {"upstream_connection_error", "timeout_connect"}:
             self.suspect(upstream.endpoint)
 

@@ -17,6 +17,7 @@ from citadel_gateway.errors import (
     unauthorized,
     unsupported_media_type,
 )
+from citadel_gateway.io.store.membership import Membership
 from citadel_gateway.policy.auth import ApiKey, KeyRing
 from citadel_gateway.policy.priority import CLASSES, RANKS, Party, Priority, rank_named
 from citadel_gateway.policy.rate_limit import (
@@ -35,13 +36,18 @@ _DEFAULT = RANKS[Priority.DEFAULT]
 
 
 class Limiter:
-    """All rate limits of the gateway: one for everybody, one for each client, one for each key."""
+    """All rate limits of the gateway: one for everybody, one for each client, one for each key.
 
-    def __init__(self, config: GatewayConfigSchema) -> None:
+    :param membership: of a store that keeps the buckets for several gateways, if there is one.
+    """
+
+    def __init__(self, config: GatewayConfigSchema, membership: Membership | None = None) -> None:
+        self._membership = membership
         performance = config.performance
         self._enabled = performance.rate_limiting_enabled
         rate = performance.rate_limit_rps
         self._everybody = TokenBucket(rate, _burst(rate, performance.rate_limit_burst))
+        self._everybody.key = b"global"
         self._clients: ClientBuckets | None = None
         if (client_rate := performance.client_rate_limit_rps) is not None:
             burst = _burst(client_rate, performance.client_rate_limit_burst)
@@ -53,11 +59,34 @@ class Limiter:
             for key in config.security.api_keys
             if key.rate_limit_rps is not None
         }
+        for name, bucket in self._keys.items():
+            bucket.key = b"key:" + name.encode()
 
     def take(self, client: str, key: ApiKey | None, now: float) -> Allowance | Refusal | None:
-        """Spend one request of every limit that applies to *client*; ``None`` if none does."""
+        """Spend one request of every limit that applies to *client*.
+
+        ``None`` if none does, or if it takes :meth:`take_far`.
+        """
         if not self._enabled:
             return None
+        if self._membership is None:
+            return take(self._buckets(client, key, now), now)
+        return self._membership.take_nowait(self._buckets(client, key, self._membership.now()))
+
+    async def take_far(self, client: str, key: ApiKey | None) -> Allowance | Refusal:
+        """The same, over a round trip to the store."""
+        if self._membership is None:
+            raise RuntimeError("there is no store")
+        return await self._membership.take(self._buckets(client, key, self._membership.now()))
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it takes :meth:`take_far`."""
+        return self._enabled and self._membership is not None and self._membership.is_far
+
+    def _buckets(
+        self, client: str, key: ApiKey | None, now: float
+    ) -> list[tuple[str, TokenBucket]]:
         buckets = [("global", self._everybody)]
         own = self._keys.get(key.id) if key is not None else None
         if own is not None:
@@ -65,10 +94,11 @@ class Limiter:
         elif self._clients is not None:
             who = f"key:{key.id}" if key is not None else client
             buckets.append(("client", self._clients.of(who, now)))
-        return take(buckets, now)
+        return buckets
 
     def take_over(self, before: Limiter, now: float) -> None:
         """Go on with what is left in the buckets of *before*, whatever the rates are now."""
+        now = now if self._membership is None else self._membership.now()
         self._everybody.take_over(before._everybody, now)
         if self._clients is not None and before._clients is not None:
             self._clients.take_over(before._clients, now)
@@ -79,6 +109,7 @@ class Limiter:
     def forget_full(self, now: float) -> None:
         """Give back the memory of clients that have not been seen for a while."""
         if self._clients is not None:
+            now = now if self._membership is None else self._membership.now()
             self._clients.forget_full(now)
 
 
@@ -128,9 +159,15 @@ class Doorkeeper:
     """Lets requests in: the right key, the right limits, a body that we would read.
 
     :param on_rejected: told the name of each limit that refused a request.
+    :param membership: of a store that keeps the limits for several gateways, if there is one.
     """
 
-    def __init__(self, config: GatewayConfigSchema, on_rejected: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: GatewayConfigSchema,
+        on_rejected: Callable[[str], None],
+        membership: Membership | None = None,
+    ) -> None:
         self._on_rejected = on_rejected
         self._keys = KeyRing.of(
             [
@@ -153,7 +190,8 @@ class Doorkeeper:
         self._proxies = [ipaddress.ip_network(n) for n in config.security.trusted_proxies]
         self._most_bytes = config.performance.max_body_bytes
         self._allowed = config.performance.request_timeout_seconds
-        self.limiter = Limiter(config)
+        self.limiter = Limiter(config, membership)
+        self.is_far = self.limiter.is_far  # then it takes `admit_far`
 
     def identify(self, scope: dict[str, Any], fields: Fields) -> Visitor:
         """Raises ``GatewayError`` 401 when a key is needed and not shown."""
@@ -175,7 +213,13 @@ class Doorkeeper:
 
         Raises ``GatewayError`` 429.
         """
-        result = self.limiter.take(visitor.client, visitor.key, now)
+        return self._told(self.limiter.take(visitor.client, visitor.key, now))
+
+    async def admit_far(self, visitor: Visitor) -> Headers:
+        """The same, over a round trip to the store.  Raises ``GatewayError`` 429."""
+        return self._told(await self.limiter.take_far(visitor.client, visitor.key))
+
+    def _told(self, result: Allowance | Refusal | None) -> Headers:
         if isinstance(result, Allowance):
             return allowance_headers(result)
         if result is None:

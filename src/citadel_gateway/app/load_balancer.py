@@ -267,6 +267,7 @@ class LoadBalancer:
     :param resolver: knows the addresses of names.
     :param previous: one that this is to :meth:`take_over` from; until then it serves nobody, and
         changes nothing of what the two have in common: endpoints, and who waits for them.
+    :param share: what new endpoints may take of their caps to begin with; ``None`` for all.
     """
 
     def __init__(
@@ -276,10 +277,12 @@ class LoadBalancer:
         rng: random.Random | None = None,
         resolver: Resolver | None = None,
         previous: LoadBalancer | None = None,
+        share: int | None = None,
     ) -> None:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
+        self._share = share
         self.sources: list[Source] = []
         self.cordons: Cordons = Cordons() if previous is None else previous.cordons
         self.on_panic: Callable[[str, bool], None] = lambda *_: None  # told of models
@@ -651,6 +654,7 @@ class LoadBalancer:
                 cost=numbers.cost,
                 breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
                 health=self.unknown_health(),
+                share=self._share,
             )
             self._resize(endpoint, numbers)
             self.cordons.apply(endpoint)

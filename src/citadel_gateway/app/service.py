@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import signal
 import ssl
@@ -20,12 +21,14 @@ import attrs
 import trio
 
 from citadel_gateway.app.admin import MONITORING
+from citadel_gateway.app.caps import Caps
 from citadel_gateway.app.cors import Cors
+from citadel_gateway.app.findings import Findings
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.generation import Generation
 from citadel_gateway.app.guard import Doorkeeper
-from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
 from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.overload import Overload, Sensors
 from citadel_gateway.app.relay import Receive, Relay, Send
@@ -45,11 +48,14 @@ from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.dial import Connect, Dialer, make_connect, make_tls_contexts
 from citadel_gateway.io.listening import API, MONITORING_LISTENER, Inherited, Passed
 from citadel_gateway.io.logs import JsonLog, redact
-from citadel_gateway.io.metrics import Levels, Metrics, OverloadLevel
+from citadel_gateway.io.metrics import Levels, Metrics, OverloadLevel, StoreLevels
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from citadel_gateway.io.resolver import Resolver
+from citadel_gateway.io.store.base import Store
+from citadel_gateway.io.store.choose import make_store
+from citadel_gateway.io.store.membership import Membership
 from citadel_gateway.io.successor import Successor, SuccessorFailed
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
@@ -81,6 +87,8 @@ class UnifiedAPIGatewayService:
     :param log: where log lines go; standard error by default.
     :param file: where *config* came from, to be read again when it has changed.
     :param sensors: tell how much memory and how many descriptors the process uses.
+    :param workers: how many processes serve by this configuration on this host, this one included.
+    :param store: what they share; the one that the configuration says by default.
     """
 
     def __init__(
@@ -93,6 +101,8 @@ class UnifiedAPIGatewayService:
         log: JsonLog | None = None,
         file: ConfigFile | None = None,
         sensors: Sensors | None = None,
+        workers: int = 1,
+        store: Store | None = None,
     ) -> None:
         config = as_schema(config)
         self._rng = rng or random.Random()
@@ -133,6 +143,23 @@ class UnifiedAPIGatewayService:
             chance=self._rng.random,
         )
         self.overload.limit_to(config.performance)
+        self.membership = self._make_membership(config, workers, store)
+        self.findings: Findings | None = None
+        self.caps: Caps | None = None
+        if self.membership is not None:
+            self.findings = Findings(
+                self.membership,
+                watch=lambda: self.watch,
+                on_transition=self._tell_of,
+                on_room=self.admission.pump,
+            )
+            self.caps = Caps(
+                self.membership,
+                self.admission,
+                seats=lambda: self.config.performance.max_concurrent_requests,
+                endpoints=lambda: (u.endpoint for u in self._upstreams()),
+                name=self.findings.name,
+            )
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         self.operations = Operations(lambda: self.balancer, self.admission.pump, self._note_order)
@@ -159,9 +186,10 @@ class UnifiedAPIGatewayService:
             rng=self._rng,
             resolver=self.resolver,
             previous=None if previous is None else previous.balancer,
+            share=None if self.caps is None else 0,
         )
         balancer.on_panic = self._note_panic
-        doorkeeper = Doorkeeper(config, self.metrics.rejected)
+        doorkeeper = Doorkeeper(config, self.metrics.rejected, self.membership)
         orchestrator = GatewayOrchestrator(
             balancer=balancer,
             admission=self.admission,
@@ -169,7 +197,7 @@ class UnifiedAPIGatewayService:
             metrics=self.metrics,
             suspect=lambda endpoint: self.watch.suspect(endpoint),
             draw=self._rng.random,
-            on_rest=lambda: self._rest_news.set(),
+            on_rest=self._note_cool_down,
         )
         monitoring = config.monitoring
         return Generation(
@@ -184,6 +212,7 @@ class UnifiedAPIGatewayService:
                 on_flip=self._note_flip,
                 on_arrival=self._note_arrival,
                 on_crash=self._note_background_crash,
+                sharing=self.findings,
             ),
             doorkeeper=doorkeeper,
             orchestrator=orchestrator,
@@ -257,17 +286,25 @@ class UnifiedAPIGatewayService:
         """
         self._now = trio.current_time
         async with trio.open_nursery() as background:
+            if self.membership is not None:
+                await background.start(self.membership.store.run)
             for name, task in self._background_tasks().items():
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._note_background_crash)
                 )
             await self.watch.look_once(_FIRST_ROUND)
+            if self.caps is not None:
+                await self.caps.begun.wait()
             background.start_soon(self._run_generation, self.generation)
             self._background = background
             try:
                 yield
             finally:
                 self._background = None
+                with trio.move_on_after(1.0, shield=True):
+                    if self.membership is not None and self.caps is not None:
+                        await self.membership.leave()
+                        await self.caps.leave()
                 background.cancel_scope.cancel()  # first: a probe under way is not to fail
                 with trio.CancelScope(shield=True):  # closing sockets waits for nobody
                     await self.pool.aclose()
@@ -452,7 +489,10 @@ class UnifiedAPIGatewayService:
         before = {u.endpoint.url for u in previous.balancer.upstreams}
         generation.take_over(previous, self._now())
         waitroom = self.admission.waitroom
-        waitroom.seats = config.performance.max_concurrent_requests
+        if self.caps is None:
+            waitroom.seats = config.performance.max_concurrent_requests
+        else:
+            self.caps.hurry()
         waitroom.patience = config.load_balancer.queue_timeout
         waitroom.resize(config.load_balancer.queue_size, config.load_balancer.lower_priority_share)
         self.resolver.ttl = config.load_balancer.dns_ttl
@@ -533,6 +573,9 @@ class UnifiedAPIGatewayService:
         }
         if self.reloader is not None:
             tasks["reload"] = self.reloader.run
+        if self.membership is not None and self.caps is not None:
+            tasks["store"] = self.membership.run
+            tasks["caps"] = self.caps.run
         return tasks
 
     async def _run_upkeep(self) -> None:
@@ -589,6 +632,17 @@ class UnifiedAPIGatewayService:
             self.log.request(fields)
 
     def _note_transition(self, endpoint: Endpoint, transition: Transition) -> None:
+        """A breaker has changed through what happened here; others who share it are told, too."""
+        if self.findings is not None:
+            self.findings.changed(endpoint, transition)
+        self._tell_of(endpoint, transition)
+
+    def _note_cool_down(self, endpoint: Endpoint) -> None:
+        self._rest_news.set()
+        if self.findings is not None:
+            self.findings.cooled(endpoint)
+
+    def _tell_of(self, endpoint: Endpoint, transition: Transition) -> None:
         self._rest_news.set()
         self.metrics.changed(endpoint, transition)
         self.log.event(
@@ -634,6 +688,16 @@ class UnifiedAPIGatewayService:
             state="too few endpoints are healthy; all are used" if begins else "over",
         )
 
+    def _note_store(self, is_alone: bool, why: str) -> None:
+        if is_alone:
+            self.log.event(
+                logging.WARNING,
+                "the store cannot be asked: local limits, each gateway its share, until it can",
+                error=why,
+            )
+        else:
+            self.log.event(logging.INFO, "the store can be asked again")
+
     def _note_order(self, what: str, endpoint: Endpoint) -> None:
         self.log.event(
             logging.INFO,
@@ -661,6 +725,16 @@ class UnifiedAPIGatewayService:
             "the name cannot be looked up; its last addresses stay in use",
             host=host,
             error=str(error),
+        )
+
+    def _make_membership(
+        self, config: GatewayConfigSchema, workers: int, store: Store | None
+    ) -> Membership | None:
+        store = store or make_store(config, workers, os.environ)
+        if store is None:
+            return None
+        return Membership(
+            store, config.store.lease, config.store.timeout, workers, self._note_store
         )
 
     def _make_pool(self, connect: Connect | None) -> ConnectionPool:
@@ -713,10 +787,14 @@ class UnifiedAPIGatewayService:
                 "no API key is configured: everybody who can connect may use the models",
             )
 
+    def _upstreams(self) -> list[Upstream]:
+        """All that may have requests."""
+        return [*self.balancer.upstreams, *self.balancer.leaving]
+
     def _levels(self) -> Levels:
         waitroom, queues = self.admission.waitroom, (*self.balancer.models, AUTO)
         return Levels(
-            endpoints=tuple(u.endpoint for u in (*self.balancer.upstreams, *self.balancer.leaving)),
+            endpoints=tuple(u.endpoint for u in self._upstreams()),
             panics={name: m.quorum.is_panicking for name, m in self.balancer.models.items()},
             queue_depths={
                 (queue, name): waitroom.depth(queue, rank)
@@ -739,6 +817,13 @@ class UnifiedAPIGatewayService:
             generations=len(self._generations),
             configured_at=self.generation.since,
             is_refusing=self.reloader is not None and self.reloader.refusal is not None,
+            store=None
+            if self.membership is None
+            else StoreLevels(
+                is_up=not self.membership.is_alone,
+                members=self.membership.members,
+                misses=self.membership.misses,
+            ),
             now=self._now(),
         )
 

@@ -10,7 +10,7 @@ import httpx
 import trio
 
 from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
-from citadel_gateway.io.health_monitoring import HealthChecker, check_all
+from citadel_gateway.io.health_monitoring import HealthChecker, Sharing, check_all
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.policy.endpoint import Endpoint
 
@@ -24,6 +24,7 @@ class Watch:
 
     :param on_flip: told when an endpoint becomes well or ill.
     :param on_arrival: told of endpoints that have come (true) or go (false).
+    :param sharing: the gateways with which the work is shared, if there are any.
     """
 
     balancer: LoadBalancer
@@ -31,12 +32,17 @@ class Watch:
     on_flip: Callable[[Endpoint], None]
     on_arrival: Callable[[Endpoint, bool], None]
     on_crash: Callable[[str, Exception], None]
+    sharing: Sharing | None = None
     _checkers: dict[Endpoint, HealthChecker] = attrs.field(factory=dict, init=False)
     _scopes: dict[Endpoint, trio.CancelScope] = attrs.field(factory=dict, init=False)
     _news: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter([*self._checkers])
+
+    @property
+    def checkers(self) -> list[HealthChecker]:
+        return list(self._checkers.values())
 
     def suspect(self, endpoint: Endpoint) -> None:
         """A request could not reach it: look at it now."""
@@ -78,7 +84,12 @@ class Watch:
             await self.balancer.discover()
         for upstream in self.balancer.upstreams:
             self._add(upstream)
-        await check_all(list(self._checkers.values()), within)
+        if self.sharing is not None:
+            await self.sharing.divide()
+        await check_all([c for c in self._checkers.values() if c.is_ours()], within)
+        if self.sharing is not None:
+            with trio.move_on_after(within):
+                await self.sharing.wait_for(self._checkers)
 
     async def run(self) -> NoReturn:
         """Watch for ever those that there are, and those that come."""
@@ -102,6 +113,7 @@ class Watch:
         checker = self._checkers.get(upstream.endpoint)
         if checker is None:
             checker = self.balancer.make_checker(upstream, self.client, self.on_flip)
+            checker.sharing = self.sharing
             self._checkers[upstream.endpoint] = checker
         return checker
 

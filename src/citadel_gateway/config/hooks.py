@@ -130,6 +130,33 @@ def _unix_url(raw: str) -> str:
     return f"unix:{path}:{base}" if base else f"unix:{path}"
 
 
+def _store_url(raw: Any, _: Any) -> str:
+    if not isinstance(raw, str):
+        raise TypeError(f"{show(raw)} is not a URL")
+    if "@" in raw:
+        raise ValueError("has an '@': credentials belong in username and password, not in the URL")
+    if raw.startswith("unix:"):
+        if not re.fullmatch(r"unix:(/[^/\s]+)+", raw):
+            raise ValueError(f"{show(raw)} has no absolute path of a socket")
+        return raw
+    try:
+        parts = urlsplit(raw)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as exc:
+        raise ValueError(f"{show(raw)} is not a URL: {exc}") from None
+    if parts.scheme not in ("redis", "rediss") or not _HOST.fullmatch(host) or port == 0:
+        raise ValueError(f"{show(raw)} is not like redis://host:6379, rediss://host or unix:/path")
+    if not re.fullmatch(r"(/[0-9]{0,5})?", parts.path) or parts.query or parts.fragment:
+        raise ValueError(f"{show(raw)} has more than the number of a database behind the host")
+    return raw
+
+
+def _key_prefix(raw: Any, _: Any) -> str:
+    if not isinstance(raw, str) or not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", raw):
+        raise ValueError(f"{show(raw)} is not 1 to 64 letters, digits, '.', '_', ':' or '-'")
+    return raw
+
+
 def _url_path(raw: Any, _: Any) -> str:
     if not isinstance(raw, str) or not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", raw):
         raise ValueError(f"{show(raw)} is not a path like /health")
@@ -217,6 +244,8 @@ HOOKS: dict[Any, Hook] = {
     v.Cost: _real("a number of at least zero", lambda number: number >= 0),
     v.Ratio: _real("a number from 0 to 1", lambda number: 0 <= number <= 1),
     v.Url: _url,
+    v.StoreUrl: _store_url,
+    v.KeyPrefix: _key_prefix,
     v.UrlPath: _url_path,
     v.Name: name_hook,
     v.Sha256: _sha256,

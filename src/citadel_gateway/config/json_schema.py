@@ -38,6 +38,8 @@ _VALUES: Mapping[Any, Schema] = {
         "type": "string",
         "pattern": "^(https?://[^@?#\\s]+|unix:/[^?#\\s]+|http\\+unix://%2[Ff][^?#\\s]+)$",
     },
+    v.StoreUrl: {"type": "string", "pattern": "^(rediss?://[^@?#\\s]+|unix:/\\S+)$"},
+    v.KeyPrefix: {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
     v.UrlPath: {"type": "string", "pattern": "^(/[A-Za-z0-9._~-]+)+$"},
     v.Name: {"type": "string", "pattern": "^\\S+$", "maxLength": 128},
     v.Secret: {"type": "string", "minLength": 1},

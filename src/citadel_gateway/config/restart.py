@@ -31,6 +31,9 @@ def keep_what_is_fixed(
             kept.append(f"{section}.{name} stays {before} until a restart; the file says {said}")
             part = attrs.evolve(getattr(wanted, section), **{name: before})
             wanted = attrs.evolve(wanted, **{section: part})
+    if running.store != wanted.store:
+        kept.append("store stays as it is until a restart")
+        wanted = attrs.evolve(wanted, store=running.store)
     if (running.service.tls_certfile is None) != (wanted.service.tls_certfile is None):
         state = "off" if running.service.tls_certfile is None else "on"
         kept.append(f"service.tls_certfile: TLS stays {state} until a restart")

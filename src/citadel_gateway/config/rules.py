@@ -13,9 +13,10 @@ from citadel_gateway.config.schema import (
     GatewayConfigSchema,
     ModelConfig,
     ServiceConfig,
+    StoreConfig,
     TlsConfig,
 )
-from citadel_gateway.config.values import Count, Resolve, RetryAmbiguous, Url
+from citadel_gateway.config.values import Count, Resolve, RetryAmbiguous, StoreKind, Url
 
 AUTO = "auto"
 
@@ -30,6 +31,7 @@ def cross_field_problems(config: GatewayConfigSchema) -> Iterator[Problem]:
         yield from _model_rules(config, name, model)
     yield from _key_rules(config)
     yield from _listener_rules(config)
+    yield from _store_rules(config.store)
     performance = config.performance
     if (room := performance.max_buffered_bytes) and room < performance.max_body_bytes:
         path = ("performance", "max_buffered_bytes")
@@ -171,6 +173,25 @@ def _key_rules(config: GatewayConfigSchema) -> Iterator[Problem]:
         seen.add(key.id)
         for place, model in enumerate(key.allowed_models):
             yield from _must_be_models(config, (*path, "allowed_models", place), [model])
+
+
+def _store_rules(store: StoreConfig) -> Iterator[Problem]:
+    is_redis = store.kind is StoreKind.REDIS
+    if is_redis and store.url is None:
+        yield Problem(("store", "url"), "is required with kind: redis")
+    for name in ("url", "username", "password"):
+        if getattr(store, name) is not None and not is_redis:
+            yield Problem(("store", name), "needs kind: redis")
+    if store.path is not None and store.kind not in (StoreKind.AUTO, StoreKind.LMDB):
+        yield Problem(("store", "path"), "needs kind: lmdb")
+    if store.tls != TlsConfig():
+        if store.url is None or not store.url.startswith("rediss:"):
+            yield Problem(("store", "tls"), "needs a URL that begins with rediss://")
+        if store.tls.server_name is not None:
+            yield Problem(("store", "tls", "server_name"), "redis is asked for by the URL's host")
+        yield from _file_rules(("store", "tls"), store.tls)
+    if store.timeout >= store.lease:
+        yield Problem(("store", "timeout"), "must be shorter than store.lease")
 
 
 def _listener_rules(config: GatewayConfigSchema) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ from citadel_gateway.config.values import (
     Engine,
     Grace,
     HttpServer,
+    KeyPrefix,
     LogLevel,
     Name,
     Network,
@@ -31,6 +32,8 @@ from citadel_gateway.config.values import (
     Seconds,
     Secret,
     Sha256,
+    StoreKind,
+    StoreUrl,
     Url,
     UrlPath,
     Weight,
@@ -368,6 +371,30 @@ class MonitoringConfig:
 
 
 @attrs.frozen(kw_only=True)
+class StoreConfig:
+    """What makes several gateways one: shared limits, caps, and findings about endpoints."""
+
+    kind: StoreKind = option(
+        StoreKind.AUTO,
+        "auto: memory for one worker, lmdb for the workers of one host; redis for many hosts.",
+    )
+    path: str | None = option(None, "Folder of lmdb; default: one in the runtime folder.")
+    url: StoreUrl | None = option(None, "Redis or Valkey: redis://..., rediss://..., unix:/...")
+    username: str | None = option(None, "User of redis; default: the server's default user.")
+    password: Secret | None = secret("Password of redis.")
+    tls: TlsConfig = option(TlsConfig(), "How to speak TLS to redis, for rediss://.")
+    prefix: KeyPrefix = option(
+        KeyPrefix("citadel"), "Keys of redis begin with it: gateways with the same one are one."
+    )
+    timeout: Seconds = option(
+        Seconds(0.02), "A request waits this long for the store, then local limits decide."
+    )
+    lease: Seconds = option(
+        Seconds(3.0), "After it others take over what a gateway had that has died."
+    )
+
+
+@attrs.frozen(kw_only=True)
 class ApiKeyConfig:
     """A client's key, by its hash.  `citadel-gateway keygen` makes one."""
 
@@ -418,6 +445,7 @@ class GatewayConfigSchema:
     models: dict[Name, ModelConfig] = required("The models, by the name clients ask for.")
     performance: PerformanceConfig = option(PerformanceConfig(), "Limits of the whole gateway.")
     streaming: StreamingConfig = option(StreamingConfig(), "Streams that break or keep silent.")
+    store: StoreConfig = option(StoreConfig(), "What several gateways share.")
     monitoring: MonitoringConfig = option(MonitoringConfig(), "Metrics, health and logs.")
     security: SecurityConfig = option(SecurityConfig(), "Keys, CORS and proxies.")
 

@@ -42,6 +42,12 @@ Url = NewType("Url", str)
 Without credentials, query or fragment.
 """
 
+StoreUrl = NewType("StoreUrl", str)
+"""``redis://host[:port][/db]``, ``rediss://host[:port][/db]``, or ``unix:/path/of.sock``."""
+
+KeyPrefix = NewType("KeyPrefix", str)
+"""1 to 64 letters, digits, and any of ``._:-``."""
+
 UrlPath = NewType("UrlPath", str)
 """An absolute path such as ``/health``."""
 
@@ -90,6 +96,15 @@ class Resolve(enum.Enum):
 
     TOGETHER = "together"
     EACH = "each"
+
+
+class StoreKind(enum.Enum):
+    """Where limits, caps and findings are kept that several gateways share."""
+
+    AUTO = "auto"
+    MEMORY = "memory"
+    LMDB = "lmdb"
+    REDIS = "redis"
 
 
 class Capability(enum.Enum):

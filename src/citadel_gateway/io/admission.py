@@ -17,10 +17,14 @@ class Admission:
     """The waitroom, for tasks.
 
     :param on_transition: told of every change of a breaker.
+    :param on_wait: told that somebody has to wait.
+    :param on_room: told that a request has given back what it had.
     """
 
     waitroom: Waitroom
     on_transition: Callable[[Endpoint, Transition], None]
+    on_wait: Callable[[], None] | None = attrs.field(default=None, init=False)
+    on_room: Callable[[], None] | None = attrs.field(default=None, init=False)
     _calls: dict[Ticket, trio.Event] = attrs.field(factory=dict, init=False)
 
     def enter(self, ticket: Ticket) -> None:
@@ -34,6 +38,8 @@ class Admission:
         """Wait until the ticket's outcome is known.  Raises ``trio.TooSlowError``."""
         if ticket.outcome is not None:
             return  # the usual case costs nothing; the caller goes on to wait for an upstream
+        if self.on_wait is not None:
+            self.on_wait()
         self._calls[ticket] = trio.Event()
         try:
             with trio.fail_after(within):
@@ -82,4 +88,6 @@ class Admission:
         transition = settle(ticket, verdict, trio.current_time())
         if transition is not None and isinstance(slot, Slot):
             self.on_transition(slot.endpoint, transition)
+        if self.on_room is not None:
+            self.on_room()
         self.pump()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import attrs
 import httpx
@@ -115,6 +115,25 @@ def _complaint(status: int) -> str | None:
             return f"status {status}"
 
 
+class Sharing(Protocol):
+    """Those with whom the work of probing is shared."""
+
+    def is_prober(self, endpoint: Endpoint) -> bool:
+        """Whether it is ours to probe it; else others tell what they find."""
+
+    def found(self, endpoint: Endpoint) -> None:
+        """A probe of ours has had a result."""
+
+    def suspects(self, endpoint: Endpoint) -> None:
+        """Whoever probes it should do so now."""
+
+    async def divide(self) -> None:
+        """Find out who probes what."""
+
+    async def wait_for(self, endpoints: Iterable[Endpoint]) -> None:
+        """Until something is known of all of them."""
+
+
 @attrs.define(eq=False)
 class HealthChecker:
     """Watches one endpoint for as long as it runs.
@@ -131,6 +150,7 @@ class HealthChecker:
     within: float
     on_flip: Callable[[Endpoint], None]
     jitter: Callable[[], float] = random.random
+    sharing: Sharing | None = attrs.field(default=None, init=False)
     _doubt: trio.Event = attrs.field(factory=trio.Event, init=False)
     _is_another: bool = attrs.field(default=False, init=False)  # perhaps, than it was
     _due: float = attrs.field(default=math.inf, init=False)  # the next probe, or the one under way
@@ -147,6 +167,8 @@ class HealthChecker:
             self._is_another = True
         elif self.probe.root and (self.endpoint.engine is None or self._is_another):
             await self._recognise()
+        if self.sharing is not None:
+            self.sharing.found(self.endpoint)
 
     async def _recognise(self) -> None:
         """Ask once what it is; if that fails, again after the next probe that goes well."""
@@ -154,6 +176,15 @@ class HealthChecker:
         with trio.move_on_after(self.within), suppress(httpx.HTTPError):
             found = await recognise(self.client, probe.root, probe.headers, probe.origin)
             self.endpoint.engine, self._is_another = found, False
+
+    def learn(self, error: str | None, *, healthy: bool) -> None:
+        """Take over what somebody else has found."""
+        if self.endpoint.told(error, healthy, trio.current_time()):
+            self.on_flip(self.endpoint)
+
+    def is_ours(self) -> bool:
+        """Whether it is this gateway that probes the endpoint."""
+        return self.sharing is None or self.sharing.is_prober(self.endpoint)
 
     def go_on_from(self, before: HealthChecker) -> None:
         """Probe when *before* would have, or sooner; at once if this asks in another way."""
@@ -175,13 +206,17 @@ class HealthChecker:
             with trio.move_on_at(self._due):
                 await self._doubt.wait()
             self._doubt = trio.Event()
-            await self.check()
+            if self.is_ours():
+                await self.check()
             self._due = math.inf
 
     def suspect(self) -> None:
         """A request could not reach the endpoint: look at it now, not at the next interval."""
         self._is_another = True
-        self._doubt.set()
+        if self.sharing is not None and not self.is_ours():
+            self.sharing.suspects(self.endpoint)
+        else:
+            self._doubt.set()
 
 
 async def check_all(checkers: Sequence[HealthChecker], within: float) -> None:

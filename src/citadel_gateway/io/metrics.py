@@ -77,6 +77,21 @@ class Levels:
     is_refusing: bool = False
     overload: tuple[OverloadLevel, ...] = ()
     buffered: tuple[float, float] = (0, math.inf)  # bytes, and how many there may be
+    store: StoreLevels | None = None
+
+
+@attrs.frozen(kw_only=True)
+class StoreLevels:
+    """Of a store that several gateways share.
+
+    :param is_up: it decides; else this gateway does by itself.
+    :param members: gateways that share it.
+    :param misses: requests whose rate limits this gateway decided by itself since the start.
+    """
+
+    is_up: bool
+    members: int
+    misses: int
 
 
 class Metrics:
@@ -286,6 +301,8 @@ class Metrics:
         yield from self._endpoint_gauges(levels)
         yield from _other_gauges(levels)
         yield from _overload_gauges(levels)
+        if levels.store is not None:
+            yield from _store_gauges(levels.store)
         yield generate_latest(self._process).decode()
         for family in self._families:
             yield from family.pieces()
@@ -351,6 +368,26 @@ async def _in_slices(pieces: Iterator[str]) -> bytes:
     done.append("".join(slice_).encode())
     await trio.lowlevel.checkpoint()
     return b"".join(done)
+
+
+def _store_gauges(store: StoreLevels) -> Iterator[str]:
+    for what, doc, kind, value in (
+        (
+            "up",
+            "0 while the store cannot be asked, so that local limits apply.",
+            "gauge",
+            store.is_up,
+        ),
+        ("members", "Gateways that share the store.", "gauge", store.members),
+        (
+            "misses_total",
+            "Requests whose limits were decided without the store, because it did not answer.",
+            "counter",
+            store.misses,
+        ),
+    ):
+        yield head(f"citadel_gateway_store_{what}", doc, kind)
+        yield f"citadel_gateway_store_{what} {number(value)}\n"
 
 
 def _other_gauges(levels: Levels) -> Iterator[str]:

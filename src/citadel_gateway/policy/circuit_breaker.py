@@ -23,7 +23,8 @@ from collections.abc import Callable
 
 import attrs
 
-_BUCKETS = 10  # of the sliding window
+from citadel_gateway.policy.sliding_window import Window
+
 _STEADY = 10  # successes in a row after which earlier trips are forgotten
 _LONGEST = 5  # times the first rest
 
@@ -73,10 +74,13 @@ class CircuitBreaker:
     """One endpoint's breaker.
 
     :param jitter: returns a number from 0 to 1; spreads rests by +-10 %.
+    :param may_try: whether it is up to us to send the probe; else to another gateway, whose
+        breaker this one follows.
     """
 
     policy: BreakerPolicy
     jitter: Callable[[], float]
+    may_try: bool = attrs.field(default=True, init=False)
     _state: State = attrs.field(default=State.CLOSED, init=False)
     _era: int = attrs.field(default=0, init=False)
     _failures: int = attrs.field(default=0, init=False)
@@ -105,7 +109,7 @@ class CircuitBreaker:
         """Whether :meth:`admit` would give a permit; changes nothing."""
         if self._state is State.CLOSED:
             return True
-        return self.state(now) is State.HALF_OPEN and not self._probe_out
+        return self.may_try and not self._probe_out and self.state(now) is State.HALF_OPEN
 
     def admit(self, now: float) -> Permit | None:
         """Leave to send one request, or ``None``; :meth:`retry_after` says for how long."""
@@ -117,14 +121,17 @@ class CircuitBreaker:
         return Permit(self._era, probe=True)
 
     def retry_after(self, now: float) -> float:
-        """Seconds until a request may be let through; 1 while a probe is out, 0 when closed."""
+        """Seconds until a request may be let through.
+
+        1 while a probe is out or up to others, 0 when closed.
+        """
         match self.state(now):
             case State.CLOSED:
                 return 0.0
             case State.OPEN:
                 return self._open_until - now
             case State.HALF_OPEN:
-                return 1.0 if self._probe_out else 0.0
+                return 0.0 if self.may_try and not self._probe_out else 1.0
 
     def settle(self, permit: Permit, verdict: Verdict, now: float) -> Transition | None:
         """Record how the permitted request went."""
@@ -146,6 +153,31 @@ class CircuitBreaker:
             self._state = State.HALF_OPEN
             return Transition(State.OPEN, State.HALF_OPEN, "rest is over")
         return None
+
+    @property
+    def trips(self) -> int:
+        """How often it has opened without a long good time in between."""
+        return self._trips
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether a probe is out."""
+        return self._probe_out
+
+    def follow_open(self, until: float, trips: int, now: float) -> Transition | None:
+        """Another gateway has found that the endpoint fails."""
+        if self._state is State.OPEN and self._open_until >= until:
+            return None
+        is_news = self._state is not State.OPEN
+        change = self._move(State.OPEN, "another gateway's finding", now)
+        self._open_until, self._trips, self._successes = until, trips, 0
+        return change if is_news else None
+
+    def follow_closed(self, now: float) -> Transition | None:
+        """Another gateway's probe went well."""
+        if self._state is State.CLOSED:
+            return None
+        return self._move(State.CLOSED, "another gateway's finding", now)
 
     def opens_again_at(self) -> float | None:
         """When the current rest ends, if it has not been noted yet."""
@@ -190,50 +222,3 @@ class CircuitBreaker:
         self._probe_out = False
         self._window.clear()
         return change
-
-
-@attrs.define
-class Window:
-    """Successes and failures of the last *span* seconds, exact to a tenth of it.
-
-    Counted in buckets rather than as a moving average: an average never forgets, and so can
-    neither say "20 requests" nor "half of them".
-    """
-
-    span: float
-    _totals: list[int] = attrs.field(factory=lambda: [0] * _BUCKETS, init=False)
-    _failed: list[int] = attrs.field(factory=lambda: [0] * _BUCKETS, init=False)
-    _total: int = attrs.field(default=0, init=False)
-    _bad: int = attrs.field(default=0, init=False)
-    _newest: int = attrs.field(default=0, init=False)
-
-    def add(self, now: float, *, failed: bool) -> tuple[int, int]:
-        """Count one more; returns what :meth:`counts` would."""
-        slot = self._advance(now)
-        self._totals[slot] += 1
-        self._total += 1
-        if failed:
-            self._failed[slot] += 1
-            self._bad += 1
-        return self._total, self._bad
-
-    def counts(self, now: float) -> tuple[int, int]:
-        """How many requests, and how many of them failed."""
-        self._advance(now)
-        return self._total, self._bad
-
-    def clear(self) -> None:
-        self._totals = [0] * _BUCKETS
-        self._failed = [0] * _BUCKETS
-        self._total = self._bad = 0
-
-    def _advance(self, now: float) -> int:
-        current = int(now * _BUCKETS / self.span)
-        if current > self._newest:
-            for stale in range(max(self._newest + 1, current - _BUCKETS + 1), current + 1):
-                place = stale % _BUCKETS
-                self._total -= self._totals[place]
-                self._bad -= self._failed[place]
-                self._totals[place] = self._failed[place] = 0
-            self._newest = current
-        return current % _BUCKETS

@@ -33,6 +33,7 @@ class Endpoint:
 
     :param limit: requests it may have now: ``max_concurrent``, or less while it is warming up or
         because an :class:`AdaptiveLimit` says so.
+    :param share: what this gateway may use of `max_concurrent`, if others use the rest.
     :param warmth: the part of its weight that it gets now; 1 but for a while after it came back.
     :param is_newcomer: it joins others that are at work already, so it starts slowly, too.
     :param is_needed: too few of its pool are healthy, so that it is used although it is not.
@@ -53,6 +54,7 @@ class Endpoint:
     adaptive: AdaptiveLimit | None = None
     slow_start: SlowStart = NO_SLOW_START
     is_newcomer: bool = False
+    share: int | None = None
     cordoned: bool = attrs.field(default=False, init=False)
     is_needed: bool = attrs.field(default=False, init=False)
     limit: int = attrs.field(init=False)
@@ -66,8 +68,15 @@ class Endpoint:
 
     def probed(self, error: str | None, now: float) -> bool:
         """Learn a probe's result, ``None`` when it was good; true if it became well or ill."""
+        return self._observed(lambda: self.health.observe(error, now), now)
+
+    def told(self, error: str | None, healthy: bool, now: float) -> bool:
+        """The same for what somebody else has found out about it."""
+        return self._observed(lambda: self.health.adopt(error, healthy, now), now)
+
+    def _observed(self, observe: Callable[[], bool], now: float) -> bool:
         is_first, was_used = self.health.observed_at is None, self.is_in_service()
-        flipped = self.health.observe(error, now)
+        flipped = observe()
         if flipped and not was_used and (self.is_newcomer or not is_first):
             self.start_slowly(now)
         if flipped or is_first:
@@ -113,6 +122,15 @@ class Endpoint:
         else:
             self.adaptive.renew(floor, most)
         self._refit()
+
+    def set_share(self, share: int) -> None:
+        """Use so much of what it may have; others use the rest."""
+        if share == self.share:
+            return
+        before, self.share = self.limit, share
+        self._refit()
+        if self.limit > before:
+            self.eased()
 
     def has_room(self) -> bool:
         return self.in_flight < self.limit
@@ -163,6 +181,8 @@ class Endpoint:
 
     def _refit(self) -> None:
         most = self.max_concurrent if self.adaptive is None else self.adaptive.limit
+        if self.share is not None:
+            most = min(most, self.share)
         self.limit = most if self.warmth == 1.0 else math.ceil(most * self.warmth)
 
     def available_in(self, now: float) -> float:

@@ -33,6 +33,12 @@ class HealthTracker:
         self.healthy, self._streak = good, 0
         return True
 
+    def adopt(self, error: str | None, healthy: bool, now: float) -> bool:
+        """Take over what somebody else who observes it has come to; true if that is a flip."""
+        self.last_error, self.observed_at, self._seen, self._streak = error, now, True, 0
+        flipped, self.healthy = healthy != self.healthy, healthy
+        return flipped
+
     def in_doubt(self) -> bool:
         """Down, or on the way there: worth probing sooner than the interval says."""
         return not self.healthy or self._streak > 0

@@ -18,11 +18,16 @@ _NOW = 1e-6  # seconds: sums of floats are off by less, and nobody is turned awa
 
 @attrs.define(eq=False)
 class TokenBucket:
-    """A bucket that holds *burst* units and refills with *rate* units a second."""
+    """A bucket that holds *burst* units and refills with *rate* units a second.
+
+    :param tat: when it will be full again; where a store keeps the buckets, as last seen there.
+    :param key: names it in a store.
+    """
 
     rate: float
     burst: float
-    _tat: float = attrs.field(default=-math.inf, init=False)
+    tat: float = attrs.field(default=-math.inf, init=False)
+    key: bytes = attrs.field(default=b"", init=False)
     _step: float = attrs.field(init=False)  # seconds that one unit takes to refill
     _depth: float = attrs.field(init=False)  # and the whole bucket
     _whole: int = attrs.field(init=False)  # units in a full one
@@ -33,27 +38,27 @@ class TokenBucket:
 
     def take_over(self, before: TokenBucket, now: float) -> None:
         """Hold as much as *before* does, as far as there is room for it: no burst is given away."""
-        held = before.burst - max(0.0, before._tat - now) * before.rate
+        held = before.burst - max(0.0, before.tat - now) * before.rate
         missing = self.burst - held
-        self._tat = now + missing * self._step if missing > 0 else -math.inf
+        self.tat = now + missing * self._step if missing > 0 else -math.inf
 
     def wait(self, now: float, cost: float = 1.0) -> float:
         """Seconds until *cost* units fit; 0.0 if they fit now; inf if they never will."""
         if cost > self.burst:
             return math.inf
-        tat = self._tat
+        tat = self.tat
         wait = (tat - now if tat > now else 0.0) + cost * self._step - self._depth
         return wait if wait > _NOW else 0.0
 
     def spend(self, now: float, cost: float = 1.0) -> float:
         """Take *cost* units; returns how much of the whole bucket is spent now, from 0 to 1."""
-        tat = self._tat
-        tat = self._tat = (max(now, tat)) + cost * self._step
+        tat = self.tat
+        tat = self.tat = (max(now, tat)) + cost * self._step
         return (tat - now) / self._depth
 
     def remaining(self, now: float) -> int:
         """Whole units that would fit now."""
-        tat, whole = self._tat, self._whole
+        tat, whole = self.tat, self._whole
         if tat <= now:
             return whole
         filled = int(self.burst - (tat - now - _NOW) * self.rate)
@@ -63,11 +68,19 @@ class TokenBucket:
 
     def allowance(self, now: float) -> Allowance:
         """What there is to tell about it."""
-        tat = self._tat
+        tat = self.tat
         return Allowance(self._whole, self.remaining(now), tat - now if tat > now else 0.0)
 
     def is_full(self, now: float) -> bool:
-        return self._tat <= now
+        return self.tat <= now
+
+    def learn(self, tat: float, now: float) -> None:
+        """Take over what a store says, unless more is known to be spent.
+
+        It may have forgotten everything, but a bucket's own time never goes back.  No bucket can
+        be emptier than empty, whatever became of the store's clock or of the limits.
+        """
+        self.tat = min(max(self.tat, tat), now + self._depth)
 
 
 @attrs.frozen
@@ -106,6 +119,20 @@ def take(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance | 
     return tightest.allowance(now)
 
 
+def take_share(
+    buckets: Sequence[tuple[str, TokenBucket]], now: float, among: int
+) -> Allowance | Refusal:
+    """The same for one of *among* who cannot ask each other: what it takes, all others may, too."""
+    longest = 0.0
+    for name, bucket in buckets:
+        if (wait := bucket.wait(now, min(float(among), bucket.burst))) > longest:
+            longest, limit, refusing = wait, name, bucket
+    if longest > 0:
+        return Refusal(limit, longest, refusing.allowance(now))
+    spent = [bucket.spend(now, min(float(among), bucket.burst)) for _, bucket in buckets]
+    return buckets[spent.index(max(spent))][1].allowance(now)
+
+
 @attrs.define(eq=False)
 class ClientBuckets:
     """A bucket for each client, in bounded memory.
@@ -124,6 +151,7 @@ class ClientBuckets:
         if found is None:
             self._make_room(now)
             found = self._buckets[client] = TokenBucket(self.rate, self.burst)
+            found.key = b"client:" + client.encode()
         else:
             self._buckets.move_to_end(client)
         return found
@@ -133,6 +161,7 @@ class ClientBuckets:
         for client, bucket in before._buckets.items():
             if not bucket.is_full(now):
                 self._buckets[client] = mine = TokenBucket(self.rate, self.burst)
+                mine.key = bucket.key
                 mine.take_over(bucket, now)
 
     def forget_full(self, now: float) -> int:

@@ -151,6 +151,10 @@ class Waitroom:
         """Whether :meth:`pump` could have anything to do."""
         return bool(self._lines or self.displaced)
 
+    def waiting(self) -> list[tuple[Hashable, int]]:
+        """How many wait, by their groups."""
+        return [(group, line.depth) for group, line in self._lines.items()]
+
     def depth(self, queue: str, rank: int | None = None) -> int:
         """How many wait in *queue*, of one class or of all."""
         lines = self._lines.named(queue)

@@ -1,0 +1,1 @@
+"""Where several gateways keep what must be one for all of them."""

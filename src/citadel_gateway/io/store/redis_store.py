@@ -1,0 +1,243 @@
+"""The gateways of many hosts: Redis or Valkey, over coredis.
+
+What is decided is decided by scripts inside the server, by its clock.  Requests that come while
+another is on its way are sent together with the next one, so a request costs a round trip, and
+under load a part of one.  Nobody waits longer than he is patient; what he asked for may then
+have happened all the same.
+
+All keys have one hash tag, so that a script finds them on one node of a cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import attrs
+import coredis
+import orjson
+import trio
+from coredis.exceptions import NoScriptError, RedisError
+from coredis.retry import NoRetryPolicy
+
+from citadel_gateway.io.store.base import Buckets, Grants, StoreUnavailable
+from citadel_gateway.policy.board import MOST_POSTS, News, Statement
+from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket
+from citadel_gateway.policy.shares import GRACE, Grant, Need
+
+_PATIENCE = 1.0  # seconds for a batch, a meeting or a connection; then it is made anew
+_MOST = 256  # requests in a batch
+_PAUSE = 0.25  # between two attempts to connect
+
+
+@attrs.frozen(kw_only=True)
+class RedisAddress:
+    """Where the server is.
+
+    :param url: ``redis://host[:port][/db]``, ``rediss://...`` or ``unix:/path``.
+    :param tls: for ``rediss``.
+    """
+
+    url: str
+    username: str | None = None
+    password: str | None = attrs.field(default=None, repr=False)
+    tls: ssl.SSLContext | None = None
+
+    def client(self) -> coredis.Redis[bytes]:
+        parts = urlsplit(self.url)
+        where: dict[str, Any] = {"unix_socket_path": parts.path}
+        if parts.scheme != "unix":
+            db = int(parts.path.strip("/") or 0)
+            where = {"host": parts.hostname, "port": parts.port or 6379, "db": db}
+        return coredis.Redis(
+            **where,
+            username=self.username,
+            password=self.password,
+            ssl_context=self.tls if parts.scheme == "rediss" else None,
+            connect_timeout=_PATIENCE,
+            stream_timeout=_PATIENCE,
+            max_connections=2,
+            retry_policy=NoRetryPolicy(),  # a request is not charged twice
+        )
+
+
+@attrs.define(eq=False)
+class _Asked:
+    """Somebody waits to be let through."""
+
+    buckets: Buckets
+    answered: trio.Event = attrs.field(factory=trio.Event)
+    result: Allowance | Refusal | None = None
+
+
+@attrs.define(eq=False)
+class RedisStore:
+    """Asks one server.
+
+    :param patience: seconds that a request waits for the server.
+    :param clock: replaces the server's time.
+    """
+
+    address: RedisAddress
+    prefix: str
+    patience: float
+    clock: Callable[[], float] | None = None
+    is_far: bool = attrs.field(default=True, init=False)
+    every: float = attrs.field(default=0.5, init=False)
+    _client: coredis.Redis[bytes] | None = attrs.field(default=None, init=False)
+    _scripts: dict[str, tuple[bytes, str]] = attrs.field(factory=dict, init=False)
+    _ahead: float = attrs.field(default=0.0, init=False)  # the server's clock, of ours
+    _asked: list[_Asked] = attrs.field(factory=list, init=False)
+    _work: trio.Event = attrs.field(factory=trio.Event, init=False)
+
+    def now(self) -> float:
+        return self.clock() if self.clock is not None else time.monotonic() + self._ahead
+
+    def take_nowait(self, _buckets: Buckets, /) -> Allowance | Refusal:
+        raise StoreUnavailable("it is too far away")
+
+    async def take(self, buckets: Buckets, /) -> Allowance | Refusal:
+        if self._client is None:
+            raise StoreUnavailable("it is not connected")
+        asked = _Asked(buckets)
+        self._asked.append(asked)
+        self._work.set()
+        with trio.move_on_after(self.patience):
+            await asked.answered.wait()
+        if asked.result is None:
+            raise StoreUnavailable(f"no answer within {self.patience:g} s")
+        return asked.result
+
+    async def meet(self, statement: Statement) -> News:
+        said = attrs.asdict(statement)
+        said["posts"] = list(statement.posts.items())
+        arguments = (orjson.dumps(said), MOST_POSTS)
+        told = orjson.loads((await self._run("board", [self._key("board")], arguments))[0])
+        return News(
+            version=told["version"],
+            members=told["members"],
+            won=frozenset(told["won"]),
+            posts=told["posts"],
+            was_emptied=told["was_emptied"],
+        )
+
+    async def report(self, member: str, lease: float, needs: Mapping[str, Need]) -> Grants:
+        keys = [self._key("cap:" + name) for name in needs]
+        arguments: list[Any] = [member, lease, GRACE]
+        for need in needs.values():
+            held = -1 if need.held is None else need.held
+            arguments += (need.cap, held, need.used, need.wants)
+        told = await self._run("shares", keys, arguments)
+        return {
+            name: Grant(limit=told[i], held=told[i + 1], is_contended=bool(told[i + 2]))
+            for name, i in zip(needs, range(0, len(told), 3), strict=True)
+        }
+
+    async def leave(self, member: str, caps: Sequence[str]) -> None:
+        await self._run("shares", [self._key("cap:" + name) for name in caps], (member, 0, GRACE))
+
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> NoReturn:
+        """Stay connected, and ask for those who wait."""
+        self._load_scripts()
+        while True:
+            try:
+                async with self.address.client() as client:
+                    with trio.fail_after(_PATIENCE):
+                        await client.ping()
+                    self._client = client
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                    await self._serve()
+            except* (RedisError, OSError, trio.TooSlowError, StoreUnavailable):
+                pass  # whoever asks is told so
+            finally:
+                self._client = None
+                self._give_up()
+            task_status.started()
+            task_status = trio.TASK_STATUS_IGNORED
+            await trio.sleep(_PAUSE)
+
+    async def _serve(self) -> NoReturn:
+        """Ask for those who wait, as long as that goes well."""
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            while self._asked:
+                batch, self._asked = self._asked[:_MOST], self._asked[_MOST:]
+                await self._ask_for(batch)
+
+    def _give_up(self) -> None:
+        for asked in self._asked:
+            asked.answered.set()
+        self._asked.clear()
+
+    async def _ask_for(self, batch: Sequence[_Asked]) -> None:
+        places: dict[bytes, int] = {}
+        arguments: list[Any] = []
+        for asked in batch:
+            arguments.append(len(asked.buckets))
+            for _, bucket in asked.buckets:
+                place = places.setdefault(bucket.key, len(places) + 1)
+                arguments += (place, *_numbers(bucket))
+        keys = [self._key("bucket:") + key for key in places]
+        try:
+            told = iter(await self._run("take", keys, arguments))
+            now = self.now()
+            for asked in batch:
+                asked.result = _result(asked.buckets, told, now)
+        finally:
+            for asked in batch:
+                asked.answered.set()
+
+    def _key(self, name: str) -> bytes:
+        return b"{%s}:%s" % (self.prefix.encode(), name.encode())
+
+    async def _run(self, script: str, keys: list[bytes], arguments: Sequence[Any]) -> list[Any]:
+        """What *script* returns, without the time.  Raises :class:`StoreUnavailable`."""
+        client = self._client
+        if client is None:
+            raise StoreUnavailable("it is not connected")
+        text, sha = self._scripts[script]
+        given = ["" if self.clock is None else repr(self.clock()), *arguments]
+        try:
+            with trio.fail_after(_PATIENCE):
+                try:
+                    told: Any = await client.evalsha(sha, keys=keys, args=given)
+                except NoScriptError:
+                    told = await client.eval(text, keys=keys, args=given)
+        except (RedisError, OSError, trio.TooSlowError) as exc:
+            raise StoreUnavailable(str(exc) or type(exc).__name__) from exc
+        self._ahead = float(told[0]) - time.monotonic()
+        rest: list[Any] = told[1:]
+        return rest
+
+    def _load_scripts(self) -> None:
+        for name in ("take", "board", "shares"):
+            text = files("citadel_gateway.io.store").joinpath(f"{name}.lua").read_bytes()
+            self._scripts[name] = (text, hashlib.sha1(text).hexdigest())  # noqa: S324  # its name
+
+
+def _numbers(bucket: TokenBucket) -> tuple[str, str, str]:
+    hint = bucket.tat if bucket.tat > 0 else 0.0
+    return repr(1.0 / bucket.rate), repr(bucket.burst / bucket.rate), repr(hint)
+
+
+def _result(buckets: Buckets, told: Any, now: float) -> Allowance | Refusal:
+    """What the script's reply means for one request."""
+    passed = next(told) == b"1"
+    for _, bucket in buckets:
+        bucket.learn(float(next(told)), now)
+    if not passed:
+        waits = [bucket.wait(now) for _, bucket in buckets]
+        longest = waits.index(max(waits))
+        name, bucket = buckets[longest]
+        return Refusal(name, max(waits), bucket.allowance(now))
+    spent = [(bucket.tat - now) / (bucket.burst / bucket.rate) for _, bucket in buckets]
+    return buckets[spent.index(max(spent))][1].allowance(now)

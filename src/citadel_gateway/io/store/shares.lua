@@ -1,0 +1,88 @@
+-- One member reports what it needs of several caps: the same as Cap.report of
+-- citadel_gateway/policy/shares.py.
+--
+-- KEYS: caps.  ARGV: the time, empty for the server's own; the member; seconds that the report is
+-- good for, 0 if the member leaves; seconds of grace; then for each cap its size, what was held
+-- for the member or -1, what it uses, and what it wants.
+-- Returns the time; then for each cap the limit, what is held, and 1 if others wait for more.
+local now = tonumber(ARGV[1])
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] + time[2] / 1000000
+end
+local me, lease, grace = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+
+local function sorted(shares, names, first, second)
+  table.sort(names, function(a, b)
+    local one, other = shares[a], shares[b]
+    if one[first] ~= other[first] then return one[first] < other[first] end
+    if second and one[second] ~= other[second] then return one[second] < other[second] end
+    return a < b
+  end)
+end
+
+local function due(shares, size)
+  local order, left, mine = {}, size, nil
+  for member in pairs(shares) do order[#order + 1] = member end
+  sorted(shares, order, 'need')
+  for place, member in ipairs(order) do
+    local count = #order - place + 1
+    local even = math.floor(left / count)
+    if shares[member].need > even then
+      if mine then return mine end
+      local rest = {}
+      for i = place, #order do rest[#rest + 1] = order[i] end
+      sorted(shares, rest, 'held', 'since')
+      local odd = left - even * count
+      for i = 1, odd do
+        if rest[i] == me then return even + 1 end
+      end
+      return even
+    end
+    if member == me then mine = shares[member].need end
+    left = left - shares[member].need
+  end
+  return mine + math.floor(left / (2 * #order))
+end
+
+local reply = {string.format('%.17g', now)}
+for i, key in ipairs(KEYS) do
+  local kept = redis.call('GET', key)
+  local cap = kept and cmsgpack.unpack(kept) or {lost_at = 0, shares = {}}
+  local shares = cap.shares
+  for member, share in pairs(shares) do
+    if share['until'] <= now then shares[member] = nil end
+  end
+  if lease > 0 then
+    local at = 5 + 4 * (i - 1)
+    local size, held = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+    local used, wants = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+    local mine = shares[me]
+    if not mine then
+      mine = {held = math.max(held, 0), since = now}
+      if held >= 0 then cap.lost_at = now end
+    end
+    local had = mine.held
+    mine.need, mine['until'] = used + wants, now + lease
+    if wants == 0 then mine.since = now end
+    shares[me] = mine
+    local free, waiting = size, false
+    for member, share in pairs(shares) do
+      if member ~= me then
+        free = free - share.held
+        waiting = waiting or share.need > share.held
+      end
+    end
+    local limit = math.max(0, math.min(due(shares, size), free))
+    if now < cap.lost_at + grace then limit = math.min(limit, had) end
+    mine.held = math.max(used, limit)
+    if mine.held ~= had then mine.since = now end
+    reply[#reply + 1] = limit
+    reply[#reply + 1] = mine.held
+    reply[#reply + 1] = waiting and 1 or 0
+  else
+    shares[me] = nil
+  end
+  redis.call('SET', key, cmsgpack.pack(cap), 'EX', 3600)
+end
+return reply

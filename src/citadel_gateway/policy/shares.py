@@ -1,0 +1,126 @@
+"""A cap that several gateways keep together: how much of it each may use.
+
+Theory of operation.  Each gateway, a *member*, reports what it uses of the cap and what it could
+use besides; it is told its *limit*, up to which it may begin new things without asking anybody.
+What a member may use is held for it, or what it does use if that is more, until its report is too
+old; so all that is held together is never more than the cap, and nobody has to be asked first.
+
+While there is enough for all, everybody has some to spare, and as much again stays free for
+whoever asks next.  When there is not, the cap is shared out evenly among those who need it: nobody
+gets more than he needs, and what cannot be divided goes to who has least, and has waited longest.
+Members who have more than that begin nothing new; what they finish is free at their next report.
+
+Who has been forgotten, because the store lost everything, brings along what was held for it.  Until
+all have had the time to do that, nobody gets more than he had.  Whoever has never reported before
+brings nothing, and so begins no such time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import attrs
+
+GRACE = 1.0  # seconds in which everybody reports
+_SPARED = 2  # of what is left over, the part that nobody gets in advance
+
+
+@attrs.frozen
+class Need:
+    """A member's report.
+
+    :param held: what was held for it when it last heard; ``None`` if it never reported before.
+    :param used: what it uses now.
+    :param wants: what it could use besides.
+    """
+
+    cap: int
+    held: int | None
+    used: int
+    wants: int
+
+
+@attrs.frozen
+class Grant:
+    """The answer.
+
+    :param is_contended: others need what it may have to give.
+    """
+
+    limit: int
+    held: int
+    is_contended: bool
+
+
+@attrs.define
+class Share:
+    """What is written down of a member.
+
+    :param need: what it uses and could use besides.
+    :param since: when it got more or less for the last time, or needed nothing more.
+    """
+
+    held: int
+    need: int
+    since: float
+    until: float
+
+
+@attrs.define
+class Cap:
+    """Nothing but plain values, so that it can be kept anywhere.
+
+    :param lost_at: when somebody noticed that everything was lost.
+    """
+
+    lost_at: float = -math.inf
+    shares: dict[str, Share] = attrs.field(factory=dict)
+
+    def report(self, member: str, need: Need, lease: float, now: float) -> Grant:
+        """Take down what *member* needs, and tell it what it may use for *lease* seconds."""
+        for gone in [m for m, share in self.shares.items() if share.until <= now]:
+            del self.shares[gone]
+        before = self.shares.get(member)
+        mine = Share(need.held or 0, 0, now, 0.0) if before is None else before
+        if before is None and need.held is not None:
+            self.lost_at = now
+        had = mine.held
+        mine.need, mine.until = need.used + need.wants, now + lease
+        if not need.wants:
+            mine.since = now
+        self.shares[member] = mine
+        others = [share for m, share in self.shares.items() if m != member]
+        free = need.cap - sum(share.held for share in others)
+        limit = max(0, min(self._due(member, need.cap), free))
+        if now < self.lost_at + GRACE:
+            limit = min(limit, had)
+        mine.held = max(need.used, limit)
+        if mine.held != had:
+            mine.since = now
+        waiting = any(share.need > share.held for share in others)
+        return Grant(limit, mine.held, is_contended=waiting)
+
+    def leave(self, member: str) -> None:
+        self.shares.pop(member, None)
+
+    def _due(self, member: str, cap: int) -> int:
+        """What *member* would have if nobody used anything yet."""
+        left = cap
+        order = sorted(self.shares.items(), key=lambda item: (item[1].need, item[0]))
+        for place, (who, share) in enumerate(order):
+            even = left // (len(order) - place)
+            if share.need > even:
+                return self._due_of_rest(member, dict(order[place:]), left)
+            if who == member:
+                mine = share.need
+            left -= share.need
+        return mine + left // (_SPARED * len(order))
+
+    def _due_of_rest(self, member: str, rest: Mapping[str, Share], left: int) -> int:
+        """The same where *rest* need more than there is *left*; the others need little."""
+        if member not in rest:
+            return self.shares[member].need
+        even, odd = divmod(left, len(rest))
+        first = sorted(rest, key=lambda who: (rest[who].held, rest[who].since, who))
+        return even + (member in first[:odd])

@@ -1,0 +1,352 @@
+"""What every store has to do, asked of each: the policies alone, LMDB, and a real Redis."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import attrs
+import pytest
+import trio
+
+from citadel_gateway.io.store.base import Store, StoreUnavailable
+from citadel_gateway.io.store.lmdb_store import LmdbStore
+from citadel_gateway.io.store.redis_store import RedisAddress, RedisStore
+from citadel_gateway.policy.board import Statement
+from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket
+from citadel_gateway.policy.shares import GRACE, Grant, Need
+from tests.support.memory_store import Memory, MemoryStore
+from tests.support.redis_server import RedisServer, running_redis
+
+LEASE = 3.0
+_PATIENCE = 5.0  # seconds, on a machine that may be busy
+
+
+@attrs.define
+class Clock:
+    """The store's time, as the test wants it; it begins where Redis's own may be."""
+
+    now: float = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+Opening: TypeAlias = "Callable[[Clock], Any]"
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@asynccontextmanager
+async def opened(store: Any) -> AsyncIterator[Store]:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        if isinstance(store, RedisStore):
+            await connected(store)
+        yield store
+        nursery.cancel_scope.cancel()
+
+
+async def connected(store: Store) -> None:
+    with trio.fail_after(_PATIENCE):
+        while True:
+            try:
+                await store.meet(Statement(member="first", lease=0.0))
+            except StoreUnavailable:
+                await trio.sleep(0.01)
+            else:
+                return
+
+
+@pytest.fixture(params=["memory", "lmdb", "redis"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Opening:
+    """Makes stores that are one: every call is another member's."""
+    match request.param:
+        case "memory":
+            memory = Memory()
+            return lambda clock: opened(MemoryStore(memory, clock))
+        case "lmdb":
+            return partial(_lmdb_store, tmp_path, [])
+        case _:
+            redis = request.getfixturevalue("redis")
+            redis.command("FLUSHALL")
+            return partial(_redis_store, RedisAddress(url=redis.url))
+
+
+@asynccontextmanager
+async def _lmdb_store(folder: Path, open_: list[Store], clock: Clock) -> AsyncIterator[Store]:
+    if open_:  # a process has it open once
+        yield open_[0]
+        return
+    async with opened(LmdbStore(folder, _PATIENCE, clock)) as store:
+        open_.append(store)
+        yield store
+
+
+def _redis_store(address: RedisAddress, clock: Clock) -> Any:
+    return opened(RedisStore(address, "test", _PATIENCE, clock))
+
+
+def bucket(key: bytes, rate: float, burst: float) -> TokenBucket:
+    made = TokenBucket(rate, burst)
+    made.key = key
+    return made
+
+
+# Limits.
+
+
+async def test_two_members_spend_from_one_bucket(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as one, make(clock) as other:
+        mine, its = bucket(b"global", 2.0, 5.0), bucket(b"global", 2.0, 5.0)
+
+        taken = [await store.take([("global", b)]) for store, b in [(one, mine), (other, its)] * 3]
+
+        assert [isinstance(result, Allowance) for result in taken] == [True] * 5 + [False]
+        assert isinstance(taken[4], Allowance)
+        assert taken[4].remaining == 0
+        assert isinstance(taken[5], Refusal)
+        assert taken[5].retry_after == pytest.approx(0.5, abs=1e-5)
+        clock.now += 0.5
+        assert isinstance(await other.take([("global", its)]), Allowance)
+        assert isinstance(await one.take([("global", mine)]), Refusal)
+
+
+async def test_who_is_refused_by_one_bucket_pays_no_other(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        wide, narrow = bucket(b"wide", 1.0, 3.0), bucket(b"narrow", 0.5, 1.0)
+        both = [("global", wide), ("key", narrow)]
+        assert isinstance(await store.take(both), Allowance)
+
+        refused = [await store.take(both) for _ in range(5)]
+
+        assert {r.limit for r in refused if isinstance(r, Refusal)} == {"key"}
+        assert refused[0].retry_after == pytest.approx(2.0, abs=1e-5)
+        left = await store.take([("global", bucket(b"wide", 1.0, 3.0))])
+        assert isinstance(left, Allowance)
+        assert left.remaining == 1
+
+
+async def test_a_store_that_lost_everything_is_told_how_empty_buckets_were(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        mine = bucket(b"lost", 1.0, 2.0)
+        mine.tat = clock.now + 2.0  # as this member saw it
+
+        assert isinstance(await store.take([("global", mine)]), Refusal)
+
+
+async def test_no_bucket_is_emptier_than_empty_though_clocks_go_back(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        assert isinstance(await store.take([("g", bucket(b"back", 1.0, 2.0))]), Allowance)
+        clock.now -= 3600.0
+
+        refused = await store.take([("g", bucket(b"back", 1.0, 2.0))])
+
+        assert isinstance(refused, Refusal)
+        assert refused.retry_after == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_all_stores_let_the_same_requests_through(make: Opening, seed: int) -> None:
+    rng, clock, model = random.Random(seed), Clock(), Memory()
+    reference = MemoryStore(model, clock)
+    shapes = [(b"a", 3.0, 7.0), (b"b", 50.0, 10.0), (b"c", 0.7, 1.0)]
+    ours = [bucket(*shape) for shape in shapes]
+    theirs = [bucket(*shape) for shape in shapes]
+    async with make(clock) as store:
+        for _ in range(150):
+            clock.now += rng.choice([0.0, 0.001, rng.random(), 3 * rng.random()])
+            chosen = rng.sample(range(3), rng.randint(1, 3))
+
+            got = await store.take([(str(i), ours[i]) for i in chosen])
+            expected = await reference.take([(str(i), theirs[i]) for i in chosen])
+
+            assert type(got) is type(expected)
+            if isinstance(got, Allowance) and isinstance(expected, Allowance):
+                assert (got.limit, got.remaining) == (expected.limit, expected.remaining)
+                assert got.reset == pytest.approx(expected.reset, abs=1e-5)
+            elif isinstance(got, Refusal) and isinstance(expected, Refusal):
+                assert got.limit == expected.limit
+                assert got.retry_after == pytest.approx(expected.retry_after, abs=1e-5)
+
+
+async def test_many_at_once_get_exactly_what_there_is(make: Opening) -> None:
+    clock = Clock()
+    results: list[Allowance | Refusal] = []
+
+    async def ask(store: Store) -> None:
+        results.append(await store.take([("global", bucket(b"many", 1.0, 100.0))]))
+
+    async with make(clock) as one, make(clock) as other, trio.open_nursery() as nursery:
+        for i in range(300):
+            nursery.start_soon(ask, (one, other)[i % 2])
+
+    assert sum(isinstance(result, Allowance) for result in results) == 100
+
+
+# What members know together.
+
+
+def says(member: str, **what: Any) -> Statement:
+    return Statement(member=member, lease=what.pop("lease", LEASE), **what)
+
+
+async def test_a_task_has_one_holder_until_he_stays_away(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as one, make(clock) as other:
+        claims = ("probe a", "probe b")
+        assert (await one.meet(says("one", claims=claims))).won == set(claims)
+        assert (await other.meet(says("other", claims=claims))).won == set()
+        clock.now += LEASE - 0.1
+        assert (await one.meet(says("one", claims=claims))).won == set(claims)
+        clock.now += LEASE - 0.1
+        assert (await other.meet(says("other", claims=claims))).won == set()
+
+        clock.now += 0.2
+        news = await other.meet(says("other", claims=claims))
+
+        assert news.won == set(claims)
+        assert news.members == 1
+        assert (await one.meet(says("one", claims=claims))).won == set()
+
+
+async def test_a_task_is_free_once_it_is_not_claimed_any_more(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.meet(says("one", claims=("probe a", "probe b")))
+
+        await store.meet(says("one", claims=("probe b",)))
+
+        assert (await store.meet(says("other", claims=("probe a", "probe b")))).won == {"probe a"}
+
+
+async def test_who_leaves_holds_nothing(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.meet(says("one", claims=("probe a",)))
+        assert (await store.meet(says("other"))).members == 2
+
+        await store.meet(says("one", lease=0.0))
+
+        news = await store.meet(says("other", claims=("probe a",)))
+        assert (news.won, news.members) == ({"probe a"}, 1)
+
+
+async def test_posts_are_heard_once_and_the_last_one_counts(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.meet(says("one", posts={"health a": "ill", "health b": "é\n"}))
+        await store.meet(says("one", posts={"health a": "well"}))
+
+        news = await store.meet(says("other"))
+
+        assert news.posts == {"health a": "well", "health b": "é\n"}
+        assert (await store.meet(says("other", seen=news.version))).posts == {}
+        later = await store.meet(says("one", posts={"health b": "gone"}))
+        assert later.version > news.version
+        heard = await store.meet(says("other", seen=news.version))
+        assert heard.posts == {"health b": "gone"}
+        assert not heard.was_emptied
+
+
+async def test_members_notice_that_the_board_was_emptied(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.meet(says("one", posts={"health a": "well"}))
+
+        news = await store.meet(says("other", seen=1000))
+
+        assert news.was_emptied
+        assert news.posts == {"health a": "well"}
+
+
+# Caps.
+
+
+async def test_what_is_held_together_is_never_more_than_the_cap(make: Opening) -> None:
+    async with make(Clock()) as store:
+        one = await store.report("one", LEASE, {"all": Need(10, None, 0, 8)})
+        other = await store.report("other", LEASE, {"all": Need(10, None, 0, 8)})
+
+        assert one["all"] == Grant(limit=9, held=9, is_contended=False)
+        assert other["all"] == Grant(limit=1, held=1, is_contended=False)
+        told = await store.report("one", LEASE, {"all": Need(10, 9, 8, 0)})
+        assert told["all"] == Grant(limit=5, held=8, is_contended=True)
+
+
+async def test_a_dead_members_share_comes_back(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.report("one", LEASE, {"all": Need(4, None, 0, 4)})
+        assert (await store.report("other", LEASE, {"all": Need(4, None, 0, 4)}))["all"].limit == 0
+
+        clock.now += LEASE - 0.1
+        assert (await store.report("other", LEASE, {"all": Need(4, 0, 0, 4)}))["all"].limit == 0
+
+        clock.now += 0.1
+
+        assert (await store.report("other", LEASE, {"all": Need(4, 0, 0, 4)}))["all"].limit == 4
+
+
+async def test_who_leaves_gives_its_shares_back(make: Opening) -> None:
+    async with make(Clock()) as store:
+        await store.report("one", LEASE, {"a": Need(4, None, 0, 4), "b": Need(4, None, 0, 4)})
+
+        await store.leave("one", ["a", "b"])
+
+        needs = {"a": Need(4, None, 0, 4), "b": Need(4, None, 0, 4)}
+        told = await store.report("other", LEASE, needs)
+        assert {name: grant.limit for name, grant in told.items()} == {"a": 4, "b": 4}
+
+
+async def test_after_a_loss_nobody_gets_more_until_all_have_said_what_they_have(
+    make: Opening,
+) -> None:
+    clock = Clock()
+    async with make(clock) as store:  # which has lost everything
+        told = await store.report("one", LEASE, {"all": Need(10, 4, 4, 6)})
+        assert told["all"].limit == 4
+        told = await store.report("new", LEASE, {"all": Need(10, None, 0, 6)})
+        assert told["all"].limit == 0
+        told = await store.report("other", LEASE, {"all": Need(10, 6, 6, 0)})
+        assert (told["all"].limit, told["all"].held) == (3, 6)
+
+        clock.now += GRACE
+        told = await store.report("other", LEASE, {"all": Need(10, 6, 2, 0)})
+        assert told["all"].limit == 2
+        told = await store.report("new", LEASE, {"all": Need(10, 0, 0, 6)})
+        assert told["all"].limit == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_all_stores_share_out_the_same(make: Opening, seed: int) -> None:
+    rng, clock, model = random.Random(seed), Clock(), Memory()
+    reference = MemoryStore(model, clock)
+    members = ("m1", "m2", "m3", "m4")
+    held: dict[str, dict[str, int | None]] = {m: dict.fromkeys("ab") for m in members}
+    async with make(clock) as store:
+        for _ in range(150):
+            clock.now += rng.choice([0.0, 0.25, rng.random(), 2.0])
+            member = rng.choice(list(held))
+            needs = {}
+            for cap in rng.sample("ab", rng.randint(1, 2)):
+                had = held[member][cap]
+                needs[cap] = Need(7, had, rng.randint(0, had or 0), rng.randint(0, 4))
+
+            got = await store.report(member, LEASE, needs)
+
+            assert got == await reference.report(member, LEASE, needs)
+            for cap, grant in got.items():
+                held[member][cap] = grant.held
