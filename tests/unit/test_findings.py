@@ -15,7 +15,7 @@ HEARD = 0.6  # seconds in which everybody has met everybody
 
 
 def probes(engine: ScriptedEngine) -> int:
-    return sum(entry.method == "GET" for entry in engine.ledger)
+    return sum((entry.method, entry.path) == ("GET", "/health") for entry in engine.ledger)
 
 
 def healthy(several: Fellows, host: str) -> list[bool]:
