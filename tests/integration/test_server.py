@@ -20,7 +20,8 @@ import pytest
 import trio
 import trustme
 
-from citadel_gateway.app.server import Address, CannotListen, Server
+from citadel_gateway.app.server import Server
+from citadel_gateway.io.listening import Address, CannotListen
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import Count, HttpServer, Seconds
 from citadel_gateway.io.http1_exchange import EXCHANGE, ResponseAborted

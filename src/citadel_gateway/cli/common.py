@@ -10,11 +10,11 @@ import click
 import httpx
 import trio
 
-from citadel_gateway.app.server import CannotListen
 from citadel_gateway.config.loader import ConfigError, load_config
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.demo.engines import EngineFailed
 from citadel_gateway.io.config_file import ConfigFile
+from citadel_gateway.io.listening import CannotListen
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 69
