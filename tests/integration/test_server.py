@@ -21,10 +21,10 @@ import trio
 import trustme
 
 from citadel_gateway.app.server import Server
-from citadel_gateway.io.listening import Address, CannotListen
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import Count, HttpServer, Seconds
 from citadel_gateway.io.http1_exchange import EXCHANGE, ResponseAborted
+from citadel_gateway.io.listening import Address, CannotListen
 from tests.support.openfds import open_descriptors, task_count
 from tests.support.raw_client import NoResponseError, RawClient, http_request
 from tests.support.scripted_engine import MODEL, ScriptedEngine, serve_tcp

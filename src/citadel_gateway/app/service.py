@@ -693,8 +693,8 @@ class UnifiedAPIGatewayService:
         if self.config.workers > 1 and isinstance(self.host, Alone):
             self.log.event(
                 logging.WARNING,
-                f"service.workers is {self.config.workers}; called as a library, one process "
-                "serves: `citadel-gateway serve` starts them",
+                f"service.workers is {self.config.workers}, and one process serves: only "
+                "`citadel-gateway serve` starts workers",
             )
         if not self.config.security.api_keys and not _is_loopback(address.host):
             self.log.event(

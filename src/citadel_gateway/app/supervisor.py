@@ -470,10 +470,13 @@ class Supervisor:
                     self._take_page(each, page)
                 return self.metrics.page(trio.current_time())
             case Said.REPORT:
-                reports = await self._ask_all(Said.REPORT, but=worker)
+                worker.load = body
+                found = await self._ask_all(Said.REPORT, but=worker)
+                for other, answer in found.items():
+                    other.load = answer["load"]
                 shown = sorted(self._workers, key=lambda w: (w.number, w.began))
                 return {
-                    "reports": [*reports.values()],
+                    "reports": [answer["report"] for answer in found.values()],
                     "workers": [w.report(self._deaths.get(w.number, 0)) for w in shown],
                 }
             case Said.ENDPOINTS:

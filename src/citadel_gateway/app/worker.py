@@ -25,7 +25,7 @@ from citadel_gateway.config.share import share_of
 from citadel_gateway.errors import GatewayError, workers_unavailable
 from citadel_gateway.io.channel import Channel, NoAnswer, first_news
 from citadel_gateway.io.crowd import Crowd, Turns
-from citadel_gateway.io.listening import HANDED_OVER_BY, Inherited
+from citadel_gateway.io.listening import Inherited
 from citadel_gateway.io.logs import JsonLog
 from citadel_gateway.io.workers import (
     CROWD_DESCRIPTOR,
@@ -42,11 +42,6 @@ _ANSWERS_WITHIN = 3.0
 _LAST_WORDS = 1.0
 
 Json = dict[str, Any]
-
-
-def is_worker(environ: Mapping[str, str]) -> bool:
-    """Whether a supervisor has started this process."""
-    return SUPERVISOR_DESCRIPTOR in environ and environ.get(HANDED_OVER_BY) == str(os.getppid())
 
 
 def make_worker(environ: Mapping[str, str]) -> Worker:
@@ -158,7 +153,8 @@ class Worker:
             case Said.PAGE:
                 return await self._page()
             case Said.REPORT:
-                return self.service.reports.status(trio.current_time(), None)
+                report = self.service.reports.status(trio.current_time(), None)
+                return {"report": report, "load": self.service.load()}
             case Said.ENDPOINTS:
                 return self.service.operations.show()
             case Said.ORDER:
@@ -201,7 +197,7 @@ class Worker:
         return {**own, "workers": self._news.get("counts", {})}
 
     async def status(self, own: Json) -> Json:
-        found = await self._ask(Said.REPORT)
+        found = await self._ask(Said.REPORT, self.service.load())
         merged = merged_status(own, found["reports"])
         merged["configuration"] = {**own["configuration"], "refused": self._news.get("refused")}
         return {**merged, "workers": found["workers"]}

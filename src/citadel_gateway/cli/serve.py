@@ -10,9 +10,7 @@ from functools import partial
 import click
 import trio
 
-from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.app.supervisor import Supervisor, WorkerFailed
-from citadel_gateway.app.worker import is_worker, make_worker
 from citadel_gateway.cli.common import (
     EXIT_CONFIG,
     config_option,
@@ -29,6 +27,7 @@ from citadel_gateway.io.listening import Inherited, inherited_sockets
 from citadel_gateway.io.logs import JsonLog
 from citadel_gateway.io.successor import Successor, tell_predecessor
 from citadel_gateway.io.systemd import Notifier
+from citadel_gateway.io.workers import is_worker
 
 
 @click.command()
@@ -60,6 +59,9 @@ def _command() -> list[str]:
 
 
 def _work(inherited: list[Inherited]) -> None:
+    # Imported here, because a supervisor needs nothing of all that.
+    from citadel_gateway.app.worker import make_worker
+
     try:
         worker = make_worker(os.environ)
     except ConfigError as exc:
@@ -80,6 +82,8 @@ def _supervise(config: GatewayConfigSchema, file: ConfigFile, inherited: list[In
 
 
 def _serve_alone(config: GatewayConfigSchema, file: ConfigFile, inherited: list[Inherited]) -> None:
+    from citadel_gateway.app.service import UnifiedAPIGatewayService
+
     service = UnifiedAPIGatewayService(config, file=file)
     run = partial(
         service.run,

@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from citadel_gateway.cli.asking import ask_gateway
 from citadel_gateway.cli.common import (
     EXIT_FAILED,
-    ask_gateway,
     key_option,
     url_option,
 )

@@ -11,6 +11,7 @@ from enum import StrEnum
 import attrs
 import trio
 
+from citadel_gateway.io.listening import HANDED_OVER_BY
 from citadel_gateway.io.spawn import spawn
 from citadel_gateway.io.successor import READY_DESCRIPTOR
 
@@ -62,6 +63,11 @@ class Orders:
     generation: int
     cordons: Sequence[Sequence[str]]
     sockets_stay: bool
+
+
+def is_worker(environ: Mapping[str, str]) -> bool:
+    """Whether a supervisor has started this process."""
+    return SUPERVISOR_DESCRIPTOR in environ and environ.get(HANDED_OVER_BY) == str(os.getppid())
 
 
 def spawn_worker(
