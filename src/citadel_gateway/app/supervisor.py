@@ -240,6 +240,7 @@ class Supervisor:
         )
         orders = attrs.evolve(self._orders, number=number, place=place)
         worker.channel.tell(Said.ORDERS, attrs.asdict(orders))
+        worker.channel.tell(Said.NEWS, self._news())
         self._workers.append(worker)
         return worker
 
@@ -300,6 +301,7 @@ class Supervisor:
                         worker=worker.number, pid=worker.pid,
                     )  # fmt: skip
                     worker.signal(signal.SIGKILL)
+                    worker.heard_at = now  # for once
             self.metrics.note_workers(self.config.workers, self._count(State.READY))
             looked_at = now
 
@@ -519,16 +521,16 @@ class Supervisor:
             worker.channel.tell(what, body)
 
     def _spread_news(self) -> None:
+        news = self._news()
+        self.metrics.note_workers(news["counts"]["of"], news["counts"]["ready"])
+        self._tell_all(Said.NEWS, news)
+
+    def _news(self) -> Json:
         refusal = self._reloader.refusal
-        counts = {"ready": self._count(State.READY), "of": self.config.workers}
-        self.metrics.note_workers(counts["of"], counts["ready"])
-        self._tell_all(
-            Said.NEWS,
-            {
-                "counts": counts,
-                "refused": None if refusal is None else refusal.report(),
-            },
-        )
+        return {
+            "counts": {"ready": self._count(State.READY), "of": self.config.workers},
+            "refused": None if refusal is None else refusal.report(),
+        }
 
     def _say_ready(self) -> None:
         self.notifier.ready()

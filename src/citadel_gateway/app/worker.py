@@ -74,7 +74,7 @@ class Worker:
     turns: Turns
     sock: socket.socket
     channel: Channel = attrs.field(init=False)
-    _news: Json = attrs.field(factory=dict, init=False)
+    _news: Json = attrs.field(init=False)
     _served: trio.Event = attrs.field(factory=trio.Event, init=False)
     _paging: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _pages: int = attrs.field(default=0, init=False)
@@ -82,6 +82,8 @@ class Worker:
     def __attrs_post_init__(self) -> None:
         self.channel = Channel(self.sock, self._hear, self._answer)
         self.service.host = self
+        counts = {"ready": 0, "of": self.orders.workers}
+        self._news = {"counts": counts, "refused": None}  # until we hear more
 
     async def run(self, inherited: Sequence[Inherited]) -> None:
         """Serve until the supervisor has said that it is enough.  Raises ``CannotListen``."""
@@ -194,12 +196,12 @@ class Worker:
         return page.encode()
 
     def health(self, own: Json) -> Json:
-        return {**own, "workers": self._news.get("counts", {})}
+        return {**own, "workers": self._news["counts"]}
 
     async def status(self, own: Json) -> Json:
         found = await self._ask(Said.REPORT, self.service.load())
         merged = merged_status(own, found["reports"])
-        merged["configuration"] = {**own["configuration"], "refused": self._news.get("refused")}
+        merged["configuration"] = {**own["configuration"], "refused": self._news["refused"]}
         return {**merged, "workers": found["workers"]}
 
     async def endpoints(self) -> Json:
