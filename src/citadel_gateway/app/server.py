@@ -388,15 +388,19 @@ class Server:
             self._tls = make_tls(self.address, self.config)
         except OSError as exc:
             raise CannotListen(f"cannot listen on {self.address}: {exc}") from exc
+        sock = self._open_socket()
+        host, port, *_ = sock.getsockname()
+        self.bound = attrs.evolve(
+            self.address, host=self.address.host if self.inherited is None else host, port=port
+        )
+        return sock
+
+    def _open_socket(self) -> socket.socket:
         sock = self.inherited or open_listener(self.address)
         # Accepted sockets inherit both.
         _limit_stalls(sock, self.config.write_timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
-        host, port, *_ = sock.getsockname()
-        self.bound = attrs.evolve(
-            self.address, host=self.address.host if self.inherited is None else host, port=port
-        )
         return sock
 
 

@@ -28,6 +28,7 @@ _RULES: dict[str, Callable[[Iterable[float]], float]] = {
     "citadel_gateway_endpoint_latency_seconds": max,
     "citadel_gateway_breaker_state": max,
     "citadel_gateway_panic": max,
+    "citadel_gateway_overload_level": max,
     "citadel_gateway_queue_predicted_wait_seconds": max,
     "citadel_gateway_config_generation": max,
     "citadel_gateway_config_generations": max,
