@@ -70,7 +70,7 @@ class Gateway:
 
 
 CITADEL = """\
-service: {{host: 127.0.0.1, port: {port}, max_connections: 10000}}
+service: {{host: 127.0.0.1, port: {port}, workers: {workers}, max_connections: 10000}}
 models:
   bench:
     max_concurrent: 10000
@@ -88,12 +88,18 @@ security:
 
 
 def citadel_config(
-    place: Place, *, endpoints: int = 1, algorithm: str = "round_robin", interval: int = 30
+    place: Place,
+    *,
+    endpoints: int = 1,
+    algorithm: str = "round_robin",
+    interval: int = 30,
+    workers: int = 1,
 ) -> str:
     """More than one endpoint: all are the one engine, under paths that it ignores."""
     urls = [place.upstream + (f"/e{i}" if endpoints > 1 else "") for i in range(endpoints)]
     return CITADEL.format(
         port=place.port,
+        workers=workers,
         endpoints="\n".join(f'      - {{url: "{url}"}}' for url in urls),
         algorithm=algorithm,
         interval=interval,

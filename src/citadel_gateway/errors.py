@@ -125,6 +125,14 @@ def gateway_exhausted() -> GatewayError:
     )  # fmt: skip
 
 
+def workers_unavailable() -> GatewayError:
+    return GatewayError(
+        "The supervisor of this gateway's workers does not answer, so nothing can be said or done "
+        "for all of them.",
+        503, "server_error", "workers_unavailable", retry_after=1.0,
+    )  # fmt: skip
+
+
 def unauthorized(message: str) -> GatewayError:
     return GatewayError(
         message, 401, "invalid_request_error", "invalid_api_key",

@@ -20,10 +20,11 @@ import pytest
 import trio
 import trustme
 
-from citadel_gateway.app.server import Address, CannotListen, Server
+from citadel_gateway.app.server import Server
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import Count, HttpServer, Seconds
 from citadel_gateway.io.http1_exchange import EXCHANGE, ResponseAborted
+from citadel_gateway.io.listening import Address, CannotListen
 from citadel_gateway.io.record import Outcome, RequestRecord
 from citadel_gateway.policy.watermarks import Level
 from tests.support.openfds import open_descriptors, task_count

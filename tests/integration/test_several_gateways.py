@@ -204,6 +204,7 @@ async def test_a_store_that_stands_still_refuses_nobody_and_holds_up_nobody(
         async with engines() as (_, ports):
             config = configuration(ports, store, performance=limited(rate, burst))
             async with gateways(tmp_path, 2, config) as several:
+
                 async def know_each_other() -> bool:
                     known = [total(await g.metrics(), STORE + "members") for g in several]
                     return known == [2, 2]

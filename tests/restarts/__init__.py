@@ -1,1 +1,1 @@
-"""Reloads and restarts under load: `python -m tests.restarts --reloads 100 --restarts 20`."""
+"""Reloads and restarts under load: `python -m tests.restarts --reloads 100 --rolling 20`."""

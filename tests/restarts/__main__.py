@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from tests.restarts.program import hand_over_often, reload_often, restart_often
+from tests.restarts.program import hand_over_often, reload_often, restart_often, roll_often
 
 
 async def main() -> int:
@@ -17,12 +18,15 @@ async def main() -> int:
     parser.add_argument("--reloads", type=int, default=100)
     parser.add_argument("--restarts", type=int, default=20, help="with a socket that stays")
     parser.add_argument("--handovers", type=int, default=20, help="from process to process")
+    parser.add_argument("--rolling", type=int, default=20, help="worker by worker")
+    parser.add_argument("--workers", type=int, default=4, help="that take part in it")
     asked = parser.parse_args()
     clean = True
     for name, run, times in (
         ("reloads", reload_often, asked.reloads),
         ("restarts", restart_often, asked.restarts),
         ("hand-overs", hand_over_often, asked.handovers),
+        ("rolling restarts", partial(roll_often, workers=asked.workers), asked.rolling),
     ):
         if times:
             with tempfile.TemporaryDirectory() as directory:

@@ -69,9 +69,11 @@ class Log:
                 self._said.set()
                 self._said = trio.Event()
 
-    async def wait_for(self, event: str, start: int = 0) -> dict[str, Any]:
+    async def wait_for(
+        self, event: str, start: int = 0, within: float = _STARTS_WITHIN
+    ) -> dict[str, Any]:
         """The first line from *start* on that tells of *event*."""
-        with trio.fail_after(_STARTS_WITHIN):
+        with trio.fail_after(within):
             while True:
                 for line in self.lines[start:]:
                     if line.get("event") == event:
@@ -245,6 +247,32 @@ async def hand_over_often(directory: Path, times: int) -> Result:
             for pid in pids[1:]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
+            await end(process)
+    return Result(tally, seconds, here.executed)
+
+
+async def roll_often(directory: Path, times: int, workers: int) -> Result:
+    """*workers* processes, each replaced *times* times, one after the other."""
+    async with scene(directory) as here:
+        here.write(workers=workers)
+        process = await here.start()
+        try:
+            port = port_of(await here.log.wait_for("listening"))
+            await here.log.wait_for("all workers serve")
+            began = trio.current_time()
+            async with under_load(port) as tally:
+                for _ in range(times):
+                    start = len(here.log.lines)
+                    process.send_signal(signal.SIGUSR2)
+                    rolled = "all workers have been replaced"
+                    await here.log.wait_for(rolled, start, _STARTS_WITHIN * workers)
+                    await trio.sleep(0.3)
+            seconds = trio.current_time() - began
+            process.terminate()
+            if code := await process.wait():
+                tally.failed[f"the gateway ended with {code}"] += 1
+            _note_complaints(here.log, tally)
+        finally:
             await end(process)
     return Result(tally, seconds, here.executed)
 

@@ -81,7 +81,10 @@ def test_the_seeds_file_has_the_seeds_values() -> None:
 def test_the_seeds_values_are_the_defaults() -> None:
     seed, least = load("gateway.yaml"), load("minimal.yaml")
 
-    assert attrs.evolve(seed, models={}, gateway=least.gateway) == attrs.evolve(least, models={})
+    assert least.workers == seed.workers == 4
+    assert attrs.evolve(
+        seed, models={}, gateway=least.gateway, service=attrs.evolve(seed.service, workers=None)
+    ) == attrs.evolve(least, models={})
     assert attrs.evolve(seed.gateway, default_model=None) == least.gateway
 
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.parser import text_string_to_metric_families
 
 from citadel_gateway.io import metrics as module
-from citadel_gateway.io.metrics import Levels, Metrics
+from citadel_gateway.io.metrics import Levels, Metrics, StoreLevels
 from citadel_gateway.io.record import Outcome, RequestRecord
 from citadel_gateway.io.series import Counters, Histograms
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
@@ -26,7 +26,7 @@ def endpoint(url: str) -> Endpoint:
     return Endpoint("m", url, 1.0, 7, None, breaker, HealthTracker(healthy=True))
 
 
-def make_metrics(*endpoints: Endpoint) -> Metrics:
+def make_metrics(*endpoints: Endpoint, store: StoreLevels | None = None) -> Metrics:
     return Metrics(
         lambda: Levels(
             endpoints=endpoints,
@@ -39,6 +39,7 @@ def make_metrics(*endpoints: Endpoint) -> Metrics:
             draining=False,
             log_lines_dropped=0,
             now=1.0,
+            store=store,
         )
     )
 

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import citadel_gateway
+from citadel_gateway.app.host_metrics import HostMetrics
+from citadel_gateway.io.metrics import StoreLevels
 from citadel_gateway.io.record import is_our_finding
 from tests.unit.test_metrics import endpoint, finished, make_metrics, page
 from tests.unit.test_openapi import every_error
@@ -69,9 +71,12 @@ def test_the_codes_are_those_of_the_code() -> None:
 
 
 async def test_every_family_of_metrics_is_listed_and_there_is_no_other() -> None:
-    metrics = make_metrics(endpoint("http://a"))
+    store = StoreLevels(is_up=True, members=2, misses=0)
+    metrics = make_metrics(endpoint("http://a"), store=store)
     metrics.finished(finished("http://a"))
-    text = await page(metrics)
+    host = HostMetrics()
+    host.note_workers(2, 2)
+    text = await page(metrics) + host.page(0.0)
     families = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
 
     listed = [name for row in rows(section("## Metrics")) for name in quoted(row[0])]

@@ -18,7 +18,8 @@ from quart import Response, request
 from quart_trio import QuartTrio
 
 from citadel_gateway.app.guard import Doorkeeper
-from citadel_gateway.app.operations import Operations, Order
+from citadel_gateway.app.host import Host
+from citadel_gateway.app.operations import Order
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.errors import admin_required, invalid_request, unsupported_media_type
 from citadel_gateway.wire.headers import Fields
@@ -39,34 +40,24 @@ class Administered(Protocol):
     @property
     def doorkeeper(self) -> Doorkeeper: ...
 
-    operations: Operations
+    host: Host
 
 
 def add_admin(app: QuartTrio, gateway: Administered) -> None:
     async def endpoints() -> Response:
         _admit(gateway)
-        return _json(gateway.operations.show())
+        return _json(await gateway.host.endpoints())
 
-    async def cordon() -> Response:
-        _admit(gateway)
-        return _json(gateway.operations.cordon(await _order()))
+    def taker(what: str) -> Callable[[], Awaitable[Response]]:
+        async def take() -> Response:
+            _admit(gateway)
+            return _json(await gateway.host.order(what, await _order()))
 
-    async def uncordon() -> Response:
-        _admit(gateway)
-        return _json(gateway.operations.uncordon(await _order()))
-
-    async def drain() -> Response:
-        _admit(gateway)
-        return _json(await gateway.operations.drain(await _order()))
+        return take
 
     app.add_url_rule(ADMIN, "endpoints", endpoints, methods=["GET"])
-    orders: dict[str, Callable[[], Awaitable[Response]]] = {
-        "cordon": cordon,
-        "uncordon": uncordon,
-        "drain": drain,
-    }
-    for name, view in orders.items():
-        app.add_url_rule(f"{ADMIN}/{name}", name, view, methods=["POST"])
+    for what in ("cordon", "uncordon", "drain"):
+        app.add_url_rule(f"{ADMIN}/{what}", what, taker(what), methods=["POST"])
 
 
 def _admit(gateway: Administered) -> None:

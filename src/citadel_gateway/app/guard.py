@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.config.share import burst_of
 from citadel_gateway.errors import (
     body_too_large,
     invalid_request,
@@ -29,7 +30,6 @@ from citadel_gateway.policy.rate_limit import (
 )
 from citadel_gateway.wire.headers import Fields, Headers, duration_ms, tracing
 
-_BURST_SECONDS = 5
 _MAX_FORWARDED = 10
 _JSON = b"application/json"
 _DEFAULT = RANKS[Priority.DEFAULT]
@@ -46,15 +46,15 @@ class Limiter:
         performance = config.performance
         self._enabled = performance.rate_limiting_enabled
         rate = performance.rate_limit_rps
-        self._everybody = TokenBucket(rate, _burst(rate, performance.rate_limit_burst))
+        self._everybody = TokenBucket(rate, burst_of(rate, performance.rate_limit_burst))
         self._everybody.key = b"global"
         self._clients: ClientBuckets | None = None
         if (client_rate := performance.client_rate_limit_rps) is not None:
-            burst = _burst(client_rate, performance.client_rate_limit_burst)
+            burst = burst_of(client_rate, performance.client_rate_limit_burst)
             self._clients = ClientBuckets(client_rate, burst)
         self._keys = {
             str(key.id): TokenBucket(
-                key.rate_limit_rps, _burst(key.rate_limit_rps, key.rate_limit_burst)
+                key.rate_limit_rps, burst_of(key.rate_limit_rps, key.rate_limit_burst)
             )
             for key in config.security.api_keys
             if key.rate_limit_rps is not None
@@ -111,10 +111,6 @@ class Limiter:
         if self._clients is not None:
             now = now if self._membership is None else self._membership.now()
             self._clients.forget_full(now)
-
-
-def _burst(rate: float, burst: int | None) -> float:
-    return float(burst) if burst is not None else max(1.0, math.ceil(rate * _BURST_SECONDS))
 
 
 def allowance_headers(allowance: Allowance) -> Headers:

@@ -268,6 +268,7 @@ GATEWAY: dict[str, Schema] = {
             "cordoned": map_of(
                 one("integer"), "Endpoints that are out of service by command, by model id."
             ),
+            "workers": map_of(one("integer"), "Of several: how many serve, of how many."),
         },
         required=("status", "gateway", "models", "timestamp"),
     ),
@@ -347,6 +348,7 @@ GATEWAY: dict[str, Schema] = {
                 "still have requests, and what was wrong with the file when it was last read.",
             ),
             "limits": one("object", "The gateway's limits, and how far they are used."),
+            "workers": many(one("object"), "Of several, each process, and how it fares."),
         },
         required=("gateway", "status", "timestamp", "models"),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
@@ -78,6 +78,16 @@ class Operations:
     pump: Callable[[], None]
     on_order: Callable[[str, Endpoint], None]
 
+    async def carry_out(self, what: str, order: Order) -> dict[str, Any]:
+        """*what* is ``cordon``, ``uncordon`` or ``drain``.  Raises ``GatewayError`` 404."""
+        if what == "drain":
+            return await self.drain(order)
+        return self.carry_out_now(what, order)
+
+    def carry_out_now(self, what: str, order: Order) -> dict[str, Any]:
+        """The same for those that wait for nothing: ``cordon`` and ``uncordon``."""
+        return self.cordon(order) if what == "cordon" else self.uncordon(order)
+
     def cordon(self, order: Order) -> dict[str, Any]:
         """Nothing new for the endpoint; requests that it has go on, and so do its probes."""
         return self._report(self._cordon(order))
@@ -100,6 +110,21 @@ class Operations:
 
     def show(self) -> dict[str, Any]:
         return self._report(self._all())
+
+    def must_exist(self, order: Order) -> None:
+        """Raises ``GatewayError`` 404 if the order is about nothing."""
+        self._find(order)
+
+    def cordoned(self) -> list[tuple[str, str]]:
+        """What is out of service, for :meth:`restore`: models and URLs."""
+        return sorted(self.balancer().cordons.names)
+
+    def restore(self, names: Iterable[tuple[str, str]]) -> None:
+        """Take out of service what was so before this process began."""
+        cordons = self.balancer().cordons
+        cordons.names.update(names)
+        for endpoint in self._all():
+            cordons.apply(endpoint)
 
     def _cordon(self, order: Order) -> list[Endpoint]:
         endpoints = self._find(order)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import NoReturn, Protocol, TypeVar
+from datetime import UTC, datetime
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import attrs
 import trio
@@ -16,6 +17,7 @@ import trio
 from citadel_gateway.config.loader import ConfigError
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.config_file import ConfigFile
+from citadel_gateway.io.logs import redact
 
 T = TypeVar("T")
 
@@ -31,6 +33,11 @@ class Refusal:
 
     at: float
     problems: tuple[str, ...]
+
+    def report(self) -> dict[str, Any]:
+        """For ``/models/status``."""
+        at = datetime.fromtimestamp(self.at, UTC).isoformat()
+        return {"at": at, "problems": [redact(problem) for problem in self.problems]}
 
 
 class Observer(Protocol):
@@ -59,6 +66,7 @@ class Reloader:
     watches: Callable[[], bool]
     observer: Observer
     refusal: Refusal | None = attrs.field(default=None, init=False)
+    _reading: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _asked: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def ask(self) -> None:
@@ -72,9 +80,14 @@ class Reloader:
                 await self._asked.wait()
             if self._asked.is_set():
                 self._asked = trio.Event()
-                await self._reload("asked to")
+                await self.reload("asked to")
             elif self.watches() and await _in_thread(self.file.has_changed):
-                await self._reload("the file has changed")
+                await self.reload("the file has changed")
+
+    async def reload(self, why: str) -> None:
+        """Read it now; :attr:`refusal` says what came of it."""
+        async with self._reading:
+            await self._reload(why)
 
     async def _reload(self, why: str) -> None:
         self.observer.reload_began(why)

@@ -15,8 +15,8 @@ from werkzeug.exceptions import HTTPException
 from citadel_gateway.app.admin import MONITORING, add_admin
 from citadel_gateway.app.docs_page import read_asset
 from citadel_gateway.app.guard import Doorkeeper, Visitor
+from citadel_gateway.app.host import Host
 from citadel_gateway.app.openapi import openapi_document
-from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.errors import (
@@ -28,7 +28,7 @@ from citadel_gateway.errors import (
     not_found,
     unknown_model,
 )
-from citadel_gateway.io.metrics import CONTENT_TYPE, Metrics
+from citadel_gateway.io.metrics import CONTENT_TYPE
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.wire.headers import Fields
 from citadel_gateway.wire.openai_request import Kind, parse_request
@@ -45,8 +45,7 @@ _CSP = "default-src 'self'; frame-ancestors 'none'"
 class Gateway(Protocol):
     """What the routes need of the service."""
 
-    metrics: Metrics
-    operations: Operations
+    host: Host
 
     @property
     def config(self) -> GatewayConfigSchema: ...
@@ -83,7 +82,7 @@ def _add_health(app: QuartTrio, gateway: Gateway) -> None:
     monitoring = gateway.config.monitoring
 
     async def health() -> Response:
-        report = gateway.reports.health(trio.current_time())
+        report = gateway.host.health(gateway.reports.health(trio.current_time()))
         return _json(report, 503 if report["status"] == "unhealthy" else 200)
 
     async def livez() -> Response:
@@ -96,7 +95,7 @@ def _add_health(app: QuartTrio, gateway: Gateway) -> None:
     async def metrics() -> Response:
         if MONITORING not in (request.scope.get("extensions") or {}):
             _key(gateway)  # the page names every endpoint
-        return Response(await gateway.metrics.render(), content_type=CONTENT_TYPE)
+        return Response(await gateway.host.metrics(), content_type=CONTENT_TYPE)
 
     _get(app, monitoring.health_check_endpoint, health)
     for path in _LIVE:
@@ -119,7 +118,8 @@ def _add_models(app: QuartTrio, gateway: Gateway) -> None:
         return _json(card)
 
     async def status() -> Response:
-        return _json(gateway.reports.status(trio.current_time(), _key(gateway)))
+        own = gateway.reports.status(trio.current_time(), _key(gateway))
+        return _json(await gateway.host.status(own))
 
     async def route() -> Response:
         visitor = _identify(gateway)

@@ -38,17 +38,17 @@ from hypercorn.typing import ConnectionState
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import HttpServer
 from citadel_gateway.errors import too_many_connections
+from citadel_gateway.io.crowd import Turns
 from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.departures import Departures
 from citadel_gateway.io.http1_exchange import App
 from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ignore
 from citadel_gateway.io.http2_server import Http2Connection
-from citadel_gateway.io.listening import refuse_newcomers
+from citadel_gateway.io.listening import Address, CannotListen, open_listener, refuse_newcomers
 from citadel_gateway.io.tcp_stream import TcpStream
 from citadel_gateway.policy.watermarks import Level
 from citadel_gateway.wire.http1_response import encode_response_head
 
-_BACKLOG = 2048
 _HANDSHAKES = 0.02  # seconds for connections that are being made while the listener closes
 _FRESH = 0.25  # seconds a connection that was never used is given to speak, when stopping
 _CUT_WITHIN = 1.5  # seconds for the last words of requests that are cut
@@ -62,24 +62,6 @@ _AT_ONCE = 64  # connections accepted before others have a turn
 Stream = TcpStream | trio.SSLStream[TcpStream]
 
 
-class CannotListen(Exception):
-    """An address that the gateway was told to listen on is not to be had."""
-
-
-@attrs.frozen
-class Address:
-    """Where to listen, and with which TLS certificate, if any."""
-
-    host: str
-    port: int
-    certfile: str | None = None
-    keyfile: str | None = None
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-
 @attrs.define(eq=False)
 class Server:
     """Serves one application on one address.
@@ -89,6 +71,7 @@ class Server:
         whom.
     :param inherited: a socket that listens already, and goes on doing so without us.
     :param on_timeout: told which clock a client has let run out.
+    :param turns: when to accept, among the workers that share the socket.
     """
 
     app: App
@@ -98,6 +81,7 @@ class Server:
     on_unserved: Callable[[int, str, str, str], None] = ignore
     inherited: socket.socket | None = None
     on_timeout: Callable[[str], None] = ignore
+    turns: Turns | None = None
     bound: Address | None = attrs.field(default=None, init=False)
     _connections: set[HttpConnection | Http2Connection] = attrs.field(factory=set, init=False)
     _streams: set[Stream] = attrs.field(factory=set, init=False)
@@ -135,6 +119,10 @@ class Server:
     def share(self) -> None:
         """Somebody else listens on the same socket from now on."""
         self._is_shared = True
+
+    def own(self) -> None:
+        """Nobody will listen on the socket when we stop, so nobody may be left in it."""
+        self._is_shared = False
 
     @property
     def listener(self) -> socket.socket:
@@ -175,10 +163,12 @@ class Server:
     def stop_accepting(self) -> None:
         """Leave new connections to those who share the listener; there must be somebody."""
         self._accepting.cancel()
+        if self.turns is not None:
+            self.turns.leave()
 
     async def stop(self, within: float) -> None:
         """Close the listener, let requests finish *within* seconds, then return."""
-        self._accepting.cancel()
+        self.stop_accepting()
         # The listener closes first, so that whoever sees a connection end cannot come back.
         await self._close_listener()
         for connection in list(self._connections):
@@ -245,13 +235,20 @@ class Server:
             self._emptied = trio.Event()
             await self._emptied.wait()
 
+    def _note_count(self) -> None:
+        if self.turns is not None and not self._accepting.cancel_called:
+            self.turns.note(len(self._streams))
+
     async def _accept(self, listener: socket.socket) -> None:
         told = -math.inf
+        self._note_count()
         while not self._accepting.cancel_called:
             await trio.lowlevel.wait_readable(listener)
             if self._reopened is not None:
                 await self._reopened.wait()
-            exc = self._take_waiting(listener, _AT_ONCE)
+            if self.turns is not None:
+                await self.turns.wait()
+            exc = self._take_waiting(listener, _AT_ONCE if self.turns is None else 1)
             if exc is None:
                 continue
             if trio.current_time() - told >= 1.0:
@@ -274,6 +271,7 @@ class Server:
             sock.setblocking(False)
             stream = self._make_stream(sock)
             self._streams.add(stream)  # here, so that nobody believes that we are empty
+            self._note_count()
             self._nursery.start_soon(self._handle, stream)
             taken += 1
         return None
@@ -297,6 +295,7 @@ class Server:
         finally:
             _tcp(stream).close()
             self._streams.discard(stream)
+            self._note_count()
             if not self._streams:
                 self._emptied.set()
 
@@ -387,10 +386,9 @@ class Server:
     def _listen(self) -> socket.socket:
         try:
             self._tls = make_tls(self.address, self.config)
-            sock = self._open_socket()
         except OSError as exc:
-            reason = "it is in use" if exc.errno == errno.EADDRINUSE else str(exc)
-            raise CannotListen(f"cannot listen on {self.address}: {reason}") from exc
+            raise CannotListen(f"cannot listen on {self.address}: {exc}") from exc
+        sock = self._open_socket()
         host, port, *_ = sock.getsockname()
         self.bound = attrs.evolve(
             self.address, host=self.address.host if self.inherited is None else host, port=port
@@ -398,16 +396,7 @@ class Server:
         return sock
 
     def _open_socket(self) -> socket.socket:
-        sock = self.inherited
-        if sock is None:
-            host, port = self.address.host, self.address.port
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            sock = socket.create_server(
-                (host, port),
-                family=family,
-                backlog=_BACKLOG,
-                dualstack_ipv6=family is socket.AF_INET6 and socket.has_dualstack_ipv6(),
-            )
+        sock = self.inherited or open_listener(self.address)
         # Accepted sockets inherit both.
         _limit_stalls(sock, self.config.write_timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -28,6 +28,7 @@ from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.generation import Generation
 from citadel_gateway.app.guard import Doorkeeper
+from citadel_gateway.app.host import Alone, Host
 from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
 from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.overload import Overload, Sensors
@@ -35,7 +36,7 @@ from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reload import Reloader
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import PROBED, make_quart_app
-from citadel_gateway.app.server import Address, Server, make_tls
+from citadel_gateway.app.server import Server, make_tls
 from citadel_gateway.app.watch import Watch
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.config.loader import ConfigError
@@ -44,9 +45,10 @@ from citadel_gateway.config.schema import GatewayConfigSchema, TlsConfig
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.config_file import ConfigFile
+from citadel_gateway.io.crowd import Turns
 from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.dial import Connect, Dialer, make_connect, make_tls_contexts
-from citadel_gateway.io.listening import API, MONITORING_LISTENER, Inherited, Passed
+from citadel_gateway.io.listening import API, MONITORING_LISTENER, Address, Inherited, Passed
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.metrics import Levels, Metrics, OverloadLevel, StoreLevels
 from citadel_gateway.io.pool import ConnectionPool
@@ -163,6 +165,7 @@ class UnifiedAPIGatewayService:
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         self.operations = Operations(lambda: self.balancer, self.admission.pump, self._note_order)
+        self.host: Host = Alone(self.metrics, self.operations)
         self._generations = [self.generation]  # those that have requests, the current one last
         self._adopting = trio.Lock()
         self._background: trio.Nursery | None = None
@@ -318,6 +321,7 @@ class UnifiedAPIGatewayService:
         handle_signals: bool = True,
         inherited: Sequence[Inherited] = (),
         successor: Successor | None = None,
+        turns: Turns | None = None,
         task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until SIGTERM or SIGINT, or until :attr:`draining` is set; then drain and return.
@@ -329,6 +333,7 @@ class UnifiedAPIGatewayService:
         Raises ``CannotListen``.
 
         :param inherited: sockets that listen already, to be used instead of new ones.
+        :param turns: when to accept, among several workers.
         """
         self._notifier = notifier = notifier or Notifier.from_environ({})
         async with trio.open_nursery() as minding:
@@ -339,7 +344,7 @@ class UnifiedAPIGatewayService:
                     nursery.start_soon(
                         partial(feed_watchdog, notifier, alive=lambda: not self._has_successor)
                     )
-                    address = await self._start_servers(nursery, inherited)
+                    address = await self._start_servers(nursery, inherited, turns)
                     self._announce(address)
                     notifier.ready()
                     task_status.started(address)
@@ -357,7 +362,7 @@ class UnifiedAPIGatewayService:
         return bool(self.balancer.available_models(self._now()))
 
     async def _start_servers(
-        self, nursery: trio.Nursery, inherited: Sequence[Inherited]
+        self, nursery: trio.Nursery, inherited: Sequence[Inherited], turns: Turns | None
     ) -> Address:
         service, monitoring = self.config.service, self.config.monitoring
         passed = Passed(list(inherited))
@@ -371,6 +376,7 @@ class UnifiedAPIGatewayService:
                 self._note_unserved,
                 passed.take(API, api.host, api.port),
                 self.metrics.timed_out,
+                turns,
             )
         ]
         if monitoring.prometheus_port is not None:
@@ -391,6 +397,29 @@ class UnifiedAPIGatewayService:
         self._is_listening = True
         first: Address = bound[0]
         return first
+
+    def drain(self, *, last: bool = False) -> None:
+        """Finish what is running, and return from :meth:`run`.
+
+        :param last: nobody else comes for those who wait in the listeners that were inherited.
+        """
+        if last and not self._has_successor:
+            for server in self._servers:
+                server.own()
+        self.draining.set()
+
+    def give_up(self) -> None:
+        """Have no more patience with what is running."""
+        self._cutting = True
+        self._serving.cancel()
+        self.draining.set()
+
+    def load(self) -> dict[str, int]:
+        """How much this process has to do right now."""
+        return {
+            "in_flight": self.admission.waitroom.taken,
+            "connections": sum(server.open_connections for server in self._servers),
+        }
 
     async def _drain(self) -> None:
         service = self.config.service
@@ -433,8 +462,7 @@ class UnifiedAPIGatewayService:
                         minding.start_soon(self._hand_over, successor)
                 else:
                     if self.draining.is_set():
-                        self._cutting = True
-                        self._serving.cancel()  # asked twice: no more patience
+                        self.give_up()  # asked twice
                     self.draining.set()
 
     async def _hand_over(self, successor: Successor) -> None:
@@ -554,9 +582,7 @@ class UnifiedAPIGatewayService:
             "since": _utc(generation.since),
             "sha256": generation.digest or None,
             "older_in_use": len(self._generations) - 1,
-            "refused": None
-            if refusal is None
-            else {"at": _utc(refusal.at), "problems": [redact(p) for p in refusal.problems]},
+            "refused": None if refusal is None else refusal.report(),
         }
 
     # In the background.
@@ -775,11 +801,11 @@ class UnifiedAPIGatewayService:
         self.log.event(
             logging.INFO, "listening", address=str(address), python=sys.version.split()[0]
         )
-        service = self.config.service
-        if service.workers > 1:
+        if self.config.workers > 1 and isinstance(self.host, Alone):
             self.log.event(
                 logging.WARNING,
-                f"service.workers is {service.workers}; this version serves with one process",
+                f"service.workers is {self.config.workers}, and one process serves: only "
+                "`citadel-gateway serve` starts workers",
             )
         if not self.config.security.api_keys and not _is_loopback(address.host):
             self.log.event(

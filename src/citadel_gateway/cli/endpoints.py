@@ -10,7 +10,8 @@ import click
 
 from citadel_gateway.app.admin import ADMIN
 from citadel_gateway.app.operations import DRAIN, LONGEST_DRAIN
-from citadel_gateway.cli.common import EXIT_FAILED, ask_gateway, key_option
+from citadel_gateway.cli.asking import ask_gateway
+from citadel_gateway.cli.common import EXIT_FAILED, key_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.reports import Reports
+from citadel_gateway.cli.asking import ask_gateway
 from citadel_gateway.cli.common import (
     EXIT_FAILED,
-    ask_gateway,
     key_option,
     leave,
     load_or_exit,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 import trio
 
-from citadel_gateway.app.server import Address
 from citadel_gateway.cli.common import PORT, run_until_stopped
 from citadel_gateway.demo.engines import engine_server
+from citadel_gateway.io.listening import Address
 from citadel_gateway.sim import PROFILES, profile_for
 
 

@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from citadel_gateway.cli.asking import ask_gateway
 from citadel_gateway.cli.common import (
     EXIT_FAILED,
-    ask_gateway,
     key_option,
     url_option,
 )
@@ -73,6 +73,7 @@ def status_table(report: dict[str, Any]) -> Table:
         caption=(
             f"{limits['in_flight']} of {limits['max_concurrent_requests']} requests in flight, "
             f"{report['waiting_for_any_model']} waiting for any model"
+            f"{_workers(report.get('workers') or [])}"
             f"{_configuration(report.get('configuration') or {})}"
         ),
     )
@@ -88,6 +89,21 @@ def status_table(report: dict[str, Any]) -> Table:
             table.add_row(heading, *_cells(endpoint, waiting))
             heading = waiting = ""  # said once for all endpoints of a model
     return table
+
+
+def _workers(found: list[dict[str, Any]]) -> str:
+    """How many of several serve, and how often one had to be replaced."""
+    if not found:
+        return ""
+    ready = sum(worker["state"] == "ready" for worker in found)
+    text = f"\n{ready} workers serve"
+    for state in ("starting", "draining"):
+        if count := sum(worker["state"] == state for worker in found):
+            text += f", {count} {state}"
+    deaths = {worker["worker"]: worker["replaced"] for worker in found}
+    if replaced := sum(deaths.values()):
+        text += f"; replaced: {replaced}"
+    return text
 
 
 def _configuration(found: dict[str, Any]) -> str:

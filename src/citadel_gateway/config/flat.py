@@ -42,7 +42,7 @@ class UnifiedAPIGatewayConfig:
 
     port: int = 8000
     host: str = "0.0.0.0"  # noqa: S104  # the seed's
-    workers: int = 4
+    workers: int | None = None
     memory_gb: float = 2
     cpu_cores: int = 4
     default_model: str = "mixtral-8x7b"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import attrs
 
 from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.config.values import Count
 
 _FIXED = (
     ("service", "host"),
     ("service", "port"),
-    ("service", "workers"),
     ("monitoring", "prometheus_host"),
     ("monitoring", "prometheus_port"),
 )
@@ -34,6 +34,13 @@ def keep_what_is_fixed(
     if running.store != wanted.store:
         kept.append("store stays as it is until a restart")
         wanted = attrs.evolve(wanted, store=running.store)
+    if running.workers != wanted.workers:
+        kept.append(
+            f"service.workers stays {running.workers} until a restart; "
+            f"the file says {wanted.workers}"
+        )
+        workers = Count(running.workers)
+        wanted = attrs.evolve(wanted, service=attrs.evolve(wanted.service, workers=workers))
     if (running.service.tls_certfile is None) != (wanted.service.tls_certfile is None):
         state = "off" if running.service.tls_certfile is None else "on"
         kept.append(f"service.tls_certfile: TLS stays {state} until a restart")

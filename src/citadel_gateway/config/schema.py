@@ -65,8 +65,8 @@ class ServiceConfig:
     name: Name = option(Name("unified-api-gateway"), "Shown in /health and in lists of models.")
     host: str = option("0.0.0.0", "Address to listen on.")  # noqa: S104  # the seed's
     port: Port = option(Port(8000), "Port of the API.")
-    workers: Count = option(
-        Count(4), "Worker processes asked for; this version serves with one, and says so."
+    workers: Count | None = option(
+        None, "Processes that serve, on one address; default: performance.cpu_cores."
     )
     server: HttpServer = option(HttpServer.LLHTTP, "Who speaks HTTP/1.1 to clients.")
     http2: bool = option(True, "Offer HTTP/2 to clients, besides HTTP/1.1, where TLS is on.")
@@ -321,11 +321,13 @@ class PerformanceConfig:
     )
     memory_limit_gb: Weight = option(
         Weight(2.0),
-        "Memory of the process, in GiB.  From 80 % of it on connections end with their answers, "
-        "from 90 % new requests are refused, from 95 % new connections wait.",
+        "Memory of all workers together, in GiB.  From 80 % of it on connections end with their "
+        "answers, from 90 % new requests are refused, from 95 % new connections wait.",
     )
     cpu_cores: Count = option(
-        Count(4), "Enforced by the service manager (see deploy/); shown by `check`."
+        Count(4),
+        "Cores meant for the gateway: as many workers, by default.  Enforced by the service "
+        "manager (see deploy/).",
     )
     max_body_bytes: Count = option(Count(8 * 2**20), "Largest request body.")
     max_buffered_bytes: Count | None = option(
@@ -448,6 +450,11 @@ class GatewayConfigSchema:
     store: StoreConfig = option(StoreConfig(), "What several gateways share.")
     monitoring: MonitoringConfig = option(MonitoringConfig(), "Metrics, health and logs.")
     security: SecurityConfig = option(SecurityConfig(), "Keys, CORS and proxies.")
+
+    @property
+    def workers(self) -> int:
+        """How many processes serve."""
+        return self.service.workers or self.performance.cpu_cores
 
     def default_model(self) -> Name:
         """The model that answers when none is asked for and none may be chosen."""

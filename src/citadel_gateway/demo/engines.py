@@ -8,17 +8,15 @@ import time
 import httpx
 import trio
 
-from citadel_gateway.app.server import Address, Server
+from citadel_gateway.app.server import Server
 from citadel_gateway.config.schema import ServiceConfig
 from citadel_gateway.config.values import Seconds
+from citadel_gateway.demo import EngineFailed
+from citadel_gateway.io.listening import Address
 from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.sim import AbortConnection, EngineProfile, create_engine_app
 
 _READY_WITHIN = 60.0
-
-
-class EngineFailed(Exception):
-    """An engine could not be started."""
 
 
 def engine_server(profile: EngineProfile, address: Address, *, seed: int) -> Server:

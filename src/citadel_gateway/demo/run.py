@@ -8,10 +8,10 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from citadel_gateway.app.server import Address
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.demo.engines import engine_server, run_llama
+from citadel_gateway.io.listening import Address
 from citadel_gateway.io.target import split_url
 from citadel_gateway.sim import profile_for
 

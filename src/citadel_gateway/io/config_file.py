@@ -25,7 +25,8 @@ class ConfigFile:
     """A configuration file, and the TLS files that it names.  Every method may block on a disk."""
 
     path: str
-    digest: str = attrs.field(default="", init=False)  # SHA-256 of what was last read
+    text: str = attrs.field(default="", init=False, repr=False)  # what was last read
+    digest: str = attrs.field(default="", init=False)  # its SHA-256
     _files: tuple[str, ...] = attrs.field(init=False)
     _loaded: dict[str, Stamp] = attrs.field(factory=dict, init=False)
     _last: dict[str, Stamp] = attrs.field(factory=dict, init=False)
@@ -36,9 +37,9 @@ class ConfigFile:
     def load(self) -> GatewayConfigSchema:
         """The configuration, with the environment laid over it.  Raises ``ConfigError``."""
         self._loaded = self._look()  # before it is read: what is written meanwhile is a change
-        text = read_text(self.path)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
-        config = load_text(text, source=self.path, environ=os.environ)
+        self.text = read_text(self.path)
+        self.digest = hashlib.sha256(self.text.encode()).hexdigest()
+        config = load_text(self.text, source=self.path, environ=os.environ)
         self._files = (self.path, *_tls_files(config))
         self._loaded = {**self._look(), **self._loaded}
         return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 FIRST = 3  # descriptor, after standard input, output and error
 _MOST = 64
+_BACKLOG = 2048
 
 HANDED_OVER_BY = "CITADEL_HANDED_OVER_BY"
 """The process that started us with its own sockets; it cannot know our number beforehand."""
@@ -29,6 +31,39 @@ _NO_SYN = (
     (0x06, 0, 0, 0xFFFFFFFF),  # let it pass
 )
 _SO_ATTACH_FILTER = 26
+
+
+class CannotListen(Exception):
+    """An address that the gateway was told to listen on is not to be had."""
+
+
+@attrs.frozen
+class Address:
+    """Where to listen, and with which TLS certificate, if any."""
+
+    host: str
+    port: int
+    certfile: str | None = None
+    keyfile: str | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def open_listener(address: Address) -> socket.socket:
+    """Raises :class:`CannotListen`."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server(
+            (address.host, address.port),
+            family=family,
+            backlog=_BACKLOG,
+            dualstack_ipv6=family is socket.AF_INET6 and socket.has_dualstack_ipv6(),
+        )
+    except OSError as exc:
+        reason = "it is in use" if exc.errno == errno.EADDRINUSE else str(exc)
+        raise CannotListen(f"cannot listen on {address}: {reason}") from exc
 
 
 @attrs.frozen

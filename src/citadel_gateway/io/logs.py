@@ -28,10 +28,12 @@ class JsonLog:
     """Collects lines and writes them from a thread, so that a slow disk or pipe delays nobody.
 
     :param descriptor: where lines go; standard error by default.
+    :param always: fields of every line.
     """
 
     descriptor: int = 2
     level: int = logging.INFO
+    always: Mapping[str, Any] = attrs.field(factory=dict)
     dropped: int = attrs.field(default=0, init=False)
     _pending: list[bytes] = attrs.field(factory=list, init=False)
     _size: int = attrs.field(default=0, init=False)
@@ -39,7 +41,7 @@ class JsonLog:
 
     def write(self, fields: dict[str, Any]) -> None:
         """Add a line; a time stamp is put in front."""
-        line = _encode({"ts": _now(), **fields})
+        line = _encode({"ts": _now(), **self.always, **fields})
         if self._size + len(line) > _MOST_PENDING:
             self.dropped += 1
             return

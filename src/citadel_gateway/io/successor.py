@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
@@ -12,15 +11,11 @@ from contextlib import suppress
 import attrs
 import trio
 
-from citadel_gateway.io.listening import FIRST, HANDED_OVER_BY
+from citadel_gateway.io.listening import HANDED_OVER_BY
+from citadel_gateway.io.spawn import CannotSpawn, spawn
 
 READY_DESCRIPTOR = "CITADEL_READY_FD"
 """The successor writes a byte to it when it serves; closing it without one means that it failed."""
-
-_OUT_OF_THE_WAY = 100  # a number above those that the successor's descriptors get
-_NOT_FOR_IT = frozenset(
-    {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", HANDED_OVER_BY, READY_DESCRIPTOR}
-)
 
 
 class SuccessorFailed(Exception):
@@ -80,29 +75,10 @@ class Successor:
         raise SuccessorFailed(f"process {pid} was not ready within {self.within:g} s")
 
     def _spawn(self, sockets: Mapping[str, socket.socket], writing: int) -> int:
-        """Descriptors have fixed numbers there: the sockets from 3 on, and then the pipe."""
-        sources = [*(sock.fileno() for sock in sockets.values()), writing]
-        aside: list[int] = []
         try:
-            aside += [fcntl.fcntl(s, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY) for s in sources]
-            actions = [
-                (os.POSIX_SPAWN_DUP2, source, FIRST + place) for place, source in enumerate(aside)
-            ]
-            environ = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_IT}
-            environ |= {
-                "LISTEN_FDS": str(len(sockets)),
-                "LISTEN_FDNAMES": ":".join(sockets),
-                HANDED_OVER_BY: str(os.getpid()),
-                READY_DESCRIPTOR: str(FIRST + len(sockets)),
-            }
-            return os.posix_spawn(
-                self.command[0], self.command, environ, file_actions=actions, setsigmask=()
-            )
-        except OSError as exc:
-            raise SuccessorFailed(f"cannot start {self.command[0]}: {exc}") from exc
-        finally:
-            for descriptor in aside:
-                os.close(descriptor)
+            return spawn(self.command, sockets, {READY_DESCRIPTOR: writing})
+        except CannotSpawn as exc:
+            raise SuccessorFailed(str(exc)) from exc
 
 
 async def outlive_predecessor(environ: Mapping[str, str], within: float) -> None:
