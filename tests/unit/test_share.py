@@ -82,6 +82,6 @@ def test_what_a_store_divides_is_left_whole() -> None:
     assert part.models == whole.models
     assert part.security == whole.security
     assert part.performance.max_concurrent_requests == 100
-    assert part.performance.rate_limit_rps == 50
+    assert float(part.performance.rate_limit_rps) == 50
     assert part.performance.memory_limit_gb == 0.5
     assert (part.load_balancer.queue_size, part.service.max_connections) == (25, 1024)

@@ -1,6 +1,6 @@
 """A worker's part of what the configuration allows the whole host.
 
-Rates and concurrency are the store's to divide, see :mod:`..io.store`.  What a process has by itself
+Rates and concurrency are the store's to divide, see :mod:`..io.store`.  What a process has alone
 is divided here, for good: memory, connections, the queue.  So is all of it where the configuration
 wants no store; a limit that is smaller than the number of workers then leaves each with one,
 because an endpoint with room for nothing is none.
