@@ -32,6 +32,10 @@ def cross_field_problems(config: GatewayConfigSchema) -> Iterator[Problem]:
     yield from _key_rules(config)
     yield from _listener_rules(config)
     yield from _store_rules(config.store)
+    is_shared = config.store.kind in (StoreKind.LMDB, StoreKind.REDIS)
+    if is_shared and not config.load_balancer.queue_size:
+        path = ("load_balancer", "queue_size")
+        yield Problem(path, "must be at least 1 with a store, for which requests may wait")
     origins = config.security.cors.allow_origins
     if "*" in origins and len(origins) > 1:
         yield Problem(("security", "cors", "allow_origins"), "'*' already allows all the others")
