@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
-    from citadel_gateway.app.hosted import create_app
+    from citadel_gateway.app.hosted import HostedGateway
     from citadel_gateway.app.load_balancer import LoadBalancer
     from citadel_gateway.app.service import UnifiedAPIGatewayService
     from citadel_gateway.config import ConfigError, GatewayConfigSchema, load_config
@@ -40,7 +40,6 @@ _HOMES = {
     "LoadBalancer": "app.load_balancer",
     "UnifiedAPIGatewayConfig": "config.flat",
     "UnifiedAPIGatewayService": "app.service",
-    "create_app": "app.hosted",
     "load_config": "config",
 }
 
@@ -49,3 +48,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def create_app(path: str | None = None) -> HostedGateway:
+    """The gateway for somebody else's server; see :func:`citadel_gateway.app.hosted.create_app`.
+
+    Defined here, because servers look for it without asking.
+    """
+    from citadel_gateway.app import hosted
+
+    return hosted.create_app(path)

@@ -69,7 +69,7 @@ def free_port() -> int:
 async def gateway(folder: Path, engine: int) -> AsyncIterator[Running]:
     port, monitoring = free_port(), free_port()
     config: dict[str, Any] = {
-        "service": {"host": "127.0.0.1", "port": port, "header_timeout": PATIENCE},
+        "service": {"host": "127.0.0.1", "port": port, "workers": 1, "header_timeout": PATIENCE},
         "models": {"m": {"endpoint": f"http://127.0.0.1:{engine}"}},
         "monitoring": {"prometheus_port": monitoring},
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,6 +15,7 @@ from typing import Any, TypeAlias
 import attrs
 import pytest
 import trio
+import trustme
 
 from citadel_gateway.io.store.base import Store, StoreUnavailable
 from citadel_gateway.io.store.lmdb_store import LmdbStore
@@ -350,3 +354,56 @@ async def test_all_stores_share_out_the_same(make: Opening, seed: int) -> None:
             assert got == await reference.report(member, LEASE, needs)
             for cap, grant in got.items():
                 held[member][cap] = grant.held
+
+
+# How Redis is reached.
+
+
+async def _cannot_be_reached(store: RedisStore) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        with pytest.raises(StoreUnavailable):
+            await store.meet(says("one"))
+        nursery.cancel_scope.cancel()
+    gc.collect()  # coredis leaves streams of connections that failed to the collector, which warns
+
+
+_LEFT_OPEN = pytest.mark.filterwarnings(
+    "ignore:Unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@_LEFT_OPEN
+async def test_redis_may_ask_for_a_password(tmp_path: Path) -> None:
+    with running_redis(tmp_path / "redis", "--requirepass", "secret") as server:
+        right = RedisStore(RedisAddress(url=server.url, password="secret"), "test", _PATIENCE)
+        async with opened(right) as store:
+            assert (await store.meet(says("one"))).members == 1
+
+        wrong = RedisStore(RedisAddress(url=server.url, password="guess"), "test", _PATIENCE)
+        await _cannot_be_reached(wrong)
+
+
+@_LEFT_OPEN
+async def test_redis_is_reached_over_tls_and_its_certificate_is_verified(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    cert, key, ca = (tmp_path / name for name in ("cert.pem", "key.pem", "ca.pem"))
+    issued.cert_chain_pems[0].write_to_path(cert)
+    issued.private_key_pem.write_to_path(key)
+    authority.cert_pem.write_to_path(ca)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    options = ("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(ca),
+               "--tls-cert-file", str(cert), "--tls-key-file", str(key))  # fmt: skip
+    url = f"rediss://localhost:{port}"
+    with running_redis(tmp_path / "redis", *options):
+        trusting = ssl.create_default_context(cafile=ca)
+        right = RedisStore(RedisAddress(url=url, tls=trusting), "test", _PATIENCE)
+        async with opened(right) as store:
+            assert (await store.meet(says("one"))).members == 1
+
+        strict = ssl.create_default_context()
+        wrong = RedisStore(RedisAddress(url=url, tls=strict), "test", _PATIENCE)
+        await _cannot_be_reached(wrong)

@@ -47,6 +47,10 @@ class GatewayProcess:
         self.process.kill()
         await self.process.wait()
 
+    def complaints(self) -> list[str]:
+        """What the log says that is not just to be known."""
+        return [line["event"] for line in self.log.lines if line.get("level") != "info"]
+
     def count(self, event: str) -> int:
         """How many lines tell of *event*."""
         return sum(line.get("event") == event for line in self.log.lines)
@@ -62,7 +66,7 @@ def configuration(
         "monitoring": {"prometheus_port": None, "access_log": False},
         "performance": {"rate_limiting_enabled": False, "max_concurrent_requests": 1000},
         "load_balancer": {"slow_start": 0},
-        "store": {"timeout": 0.25, **store},  # of the machine that this runs on little is promised
+        "store": {"timeout": 2.0, **store},  # of the machine that this runs on little is promised
     }
     for section, options in sections.items():
         config[section] = {**config.get(section, {}), **options}

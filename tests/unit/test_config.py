@@ -721,3 +721,34 @@ def test_a_wrong_value_does_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
         "gateway.default_model",
         "models.b.fallbacks[0]",
     ]
+
+
+@pytest.mark.parametrize(
+    ("store", "problem"),
+    [
+        ({"kind": "redis"}, "store.url"),
+        ({"url": "redis://a"}, "store.url"),
+        ({"kind": "redis", "url": "redis://u:p@a"}, "store.url"),
+        ({"kind": "redis", "url": "http://a"}, "store.url"),
+        ({"kind": "redis", "url": "redis://a/b"}, "store.url"),
+        ({"kind": "redis", "url": "redis://a", "path": "/x"}, "store.path"),
+        ({"kind": "redis", "url": "redis://a", "tls": {"insecure_skip_verify": True}}, "store.tls"),
+        ({"kind": "lmdb", "password": "x"}, "store.password"),
+        ({"kind": "redix"}, "store.kind"),
+        ({"prefix": "a{b"}, "store.prefix"),
+        ({"timeout": 3}, "store.timeout"),
+    ],
+)
+def test_a_store_that_cannot_be_is_refused_by_its_path(store: Any, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"models": {"m": {"endpoint": "http://a"}}, "store": store})
+
+    assert [problem in line for line in caught.value.problems] == [True]
+
+
+def test_with_a_store_there_must_be_a_queue() -> None:
+    sections = {"store": {"kind": "lmdb"}, "load_balancer": {"queue_size": 0}}
+    with pytest.raises(ConfigError) as caught:
+        parse({"models": {"m": {"endpoint": "http://a"}}, **sections})
+
+    assert "load_balancer.queue_size" in caught.value.problems[0]

@@ -85,3 +85,9 @@ def test_what_a_store_divides_is_left_whole() -> None:
     assert float(part.performance.rate_limit_rps) == 50
     assert part.performance.memory_limit_gb == 0.5
     assert (part.load_balancer.queue_size, part.service.max_connections) == (25, 1024)
+
+
+def test_there_is_room_to_wait_for_a_share_of_a_cap() -> None:
+    whole = config(store={"kind": "auto"}, load_balancer={"queue_size": 2})
+
+    assert [share_of(whole, n, 4).load_balancer.queue_size for n in range(4)] == [1, 1, 1, 1]

@@ -46,7 +46,10 @@ def share_of(config: GatewayConfigSchema, place: int, workers: int) -> GatewayCo
         load_balancer=part.load_balancer(config.load_balancer),
     )
     if has_store(config):
-        return own
+        # Requests wait in the queue for their share of a cap, too.
+        room = max(1, own.load_balancer.queue_size)
+        balancing = attrs.evolve(own.load_balancer, queue_size=Room(room))
+        return attrs.evolve(own, load_balancer=balancing)
     return attrs.evolve(
         own,
         performance=part.limits(own.performance),

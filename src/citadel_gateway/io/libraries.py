@@ -14,3 +14,5 @@ def route_library_logs(log: JsonLog) -> None:
     logging.basicConfig(handlers=[LogHandler(log)], level=logging.WARNING, force=True)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It writes a traceback for every attempt to connect; whoever asks the store is told why not.
+    logging.getLogger("coredis").setLevel(logging.CRITICAL)

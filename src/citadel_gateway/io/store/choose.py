@@ -46,7 +46,9 @@ def make_store(
 
 def _usual_folder(config: GatewayConfigSchema, environ: Mapping[str, str]) -> Path:
     """One for this gateway, where nothing outlives the machine's next start."""
-    own = f"{config.service.name}-{config.service.port}".replace("/", "_")
+    # Of workers on any free port, whoever has started them tells which gateway they are.
+    port = config.service.port or f"of-{os.getppid()}"
+    own = f"{config.service.name}-{port}".replace("/", "_")
     if given := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
         return Path(given) / own
     if user := environ.get("XDG_RUNTIME_DIR"):
