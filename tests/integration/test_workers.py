@@ -22,6 +22,7 @@ from tests.restarts.program import Scene, end, port_of, scene
 from tests.support.ledger import Metrics, parse_metrics, total
 from tests.support.raw_client import NoResponseError, RawClient, RawResponse, http_request
 from tests.support.scripted_engine import MODEL, LedgerEntry, Script, sleep, stream_chat, whole_chat
+from tests.support.several import Load
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 PATIENCE = 60.0
@@ -199,6 +200,36 @@ async def test_connections_are_spread_evenly(tmp_path: Path) -> None:
     assert min(worker["connections"] for worker in report["workers"]) >= 3
     assert report["limits"]["max_concurrent_requests"] == 100
     assert {e["max_concurrent"] for e in report["models"][MODEL]["endpoints"]} == {50}
+
+
+async def test_rates_and_caps_are_those_of_all_workers_together(tmp_path: Path) -> None:
+    rate, burst, cap, peak = 60, 20, 3, 0
+    limits = {
+        "rate_limiting_enabled": True, "rate_limit_rps": rate, "rate_limit_burst": burst,
+        "max_concurrent_requests": cap,
+    }  # fmt: skip
+    # Of the machine that this runs on little is promised.
+    sections = {"performance": limits, "store": {"timeout": 0.5}}
+    async with serving(tmp_path, 4, sections=sections) as workers:
+
+        def watched(entry: LedgerEntry) -> Script:
+            nonlocal peak
+            peak = max(peak, workers.working)
+            return Script([sleep(0.01), *whole_chat("ok").steps])
+
+        for engine in workers.here.engines:
+            engine.default = watched
+        load = Load(clients=8)
+        await load.run([workers], 2.0)
+        status = await workers.report()
+
+    assert set(load.statuses) == {200, 429}
+    assert load.statuses[200] <= burst + rate * (load.last - load.first) + 1
+    assert load.statuses[200] >= 0.9 * (burst + rate * (load.last - load.first)) - 1
+    assert 1 < peak <= cap
+    assert (status["limits"]["max_concurrent_requests"], status["limits"]["rate_limit_rps"]) == (
+        cap, rate,
+    )  # fmt: skip
 
 
 async def test_all_drain_together_and_streams_end_whole(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -22,6 +22,13 @@ from tests.support.scripted_engine import MODEL, ScriptedEngine, serve_tcp
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+
+
+class HasPort(Protocol):
+    """Whom requests can be sent to."""
+
+    @property
+    def port(self) -> int: ...
 
 
 @attrs.define(eq=False)
@@ -137,7 +144,7 @@ class Load:
     first: float = 0.0  # when the first and the last of those that were let through was answered
     last: float = 0.0
 
-    async def run(self, several: Sequence[GatewayProcess], within: float) -> None:
+    async def run(self, several: Sequence[HasPort], within: float) -> None:
         """Ask all of them for *within* seconds."""
         with trio.move_on_after(within):
             async with trio.open_nursery() as nursery:
@@ -145,7 +152,7 @@ class Load:
                     for _ in range(self.clients):
                         nursery.start_soon(self._ask, gateway)
 
-    async def _ask(self, gateway: GatewayProcess) -> None:
+    async def _ask(self, gateway: HasPort) -> None:
         while True:
             try:
                 async with await RawClient.connect(gateway.port) as client:
