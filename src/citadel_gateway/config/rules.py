@@ -36,8 +36,7 @@ def cross_field_problems(config: GatewayConfigSchema) -> Iterator[Problem]:
     if (room := performance.max_buffered_bytes) and room < performance.max_body_bytes:
         path = ("performance", "max_buffered_bytes")
         yield Problem(path, f"one body may have {performance.max_body_bytes} (max_body_bytes)")
-    kind = config.store.kind
-    is_shared = config.workers > 1 if kind is StoreKind.AUTO else kind is not StoreKind.MEMORY
+    is_shared = config.store.kind in (StoreKind.LMDB, StoreKind.REDIS)
     if is_shared and not config.load_balancer.queue_size:
         path = ("load_balancer", "queue_size")
         yield Problem(path, "must be at least 1 with a store, for which requests may wait")
