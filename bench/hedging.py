@@ -33,7 +33,7 @@ _SICK = 2.0
 _TOKENS, _GAP = 8, 0.02
 _HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 _CONFIG = """
-service: {{host: 127.0.0.1, port: {port}}}
+service: {{host: 127.0.0.1, port: {port}, workers: 1}}
 performance: {{rate_limiting_enabled: false, max_concurrent_requests: 1000}}
 monitoring: {{prometheus_port: null, access_log: false}}
 models:

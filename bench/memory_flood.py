@@ -18,8 +18,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ import attrs
 from bench.load import encode
 from bench.open_loop import quantiles
 from bench.overload import wait_until_ready
-from bench.processes import free_ports, peak_mb, resident_mb, running
+from bench.processes import beside, free_ports, peak_mb, resident_mb, running
 
 LIMIT_GB = 0.5
 CONFIG = """\
-service: {{host: 127.0.0.1, port: {port}}}
+service: {{host: 127.0.0.1, port: {port}, workers: 1}}
 models:
   bench: {{endpoint: "http://127.0.0.1:{engine}", max_concurrent: 100}}
 performance: {{memory_limit_gb: {limit}, rate_limiting_enabled: false}}
@@ -140,15 +139,8 @@ class Beside:
                 self.answers[sock.recv(65536).split(b" ")[1].decode()] += 1
             self.latencies_ms.append((time.monotonic() - began) * 1000)
 
-    @contextmanager
-    def going_on(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._ask)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join()
+    def going_on(self) -> AbstractContextManager[None]:
+        return beside(self._ask, self._over)
 
 
 def phase(port: int, pid: int, metrics: int, raw: bytes, clients: int, waves: int) -> Any:

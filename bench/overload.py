@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import attrs
 from bench.open_loop import quantiles
 from bench.peers import KEY
 from bench.processes import (
+    beside,
     cpu_seconds,
     free_ports,
     machine,
@@ -45,7 +46,7 @@ STEPS = (0.5, 1.0, 2.0, 5.0, 10.0, 0.5)
 PATIENCE = 5.0
 
 CONFIG = """\
-service: {{host: 127.0.0.1, port: {port}}}
+service: {{host: 127.0.0.1, port: {port}, workers: 1}}
 models:
   bench: {{endpoint: "http://127.0.0.1:{engine}", max_concurrent: {slots}}}
 performance: {{max_concurrent_requests: {slots}, rate_limiting_enabled: false}}
@@ -122,15 +123,8 @@ class Watcher:
             self.probes_ms.append((time.monotonic() - began) * 1000)
             self.peak_mb = max(self.peak_mb, resident_mb(self.gateway.pid))
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        thread = threading.Thread(target=self.watch)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join()
+    def watching(self) -> AbstractContextManager[None]:
+        return beside(self.watch, self._over)
 
 
 def step(under_test: Gateway, load: float, seconds: float, prompt: int) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import resource
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "descriptors": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
     }
+
+
+@contextmanager
+def beside(work: Callable[[], None], over: threading.Event) -> Iterator[None]:
+    """*work* goes on in a thread meanwhile, and ends when *over* is set."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
