@@ -13,7 +13,8 @@ from functools import partial
 
 import trio
 
-from citadel_gateway.app.load_balancer import Group, LoadBalancer
+from citadel_gateway.app.group import Group
+from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.config.loader import parse
 from citadel_gateway.config.values import Algorithm
 from citadel_gateway.io.metrics import Levels, Metrics

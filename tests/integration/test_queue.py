@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from citadel_gateway.app.load_balancer import Group
+from citadel_gateway.app.group import Group
 from citadel_gateway.policy.priority import NAMES
 from tests.support import scripted_engine as engines
 from tests.support.gateway import CHAT, World, chat, fleet, gather, running_gateway

@@ -23,9 +23,9 @@ from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.hedging import Race, Runner
 from citadel_gateway.app.journey import Journey
-from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.relay import Relay
 from citadel_gateway.app.retrying import Retrying
+from citadel_gateway.app.upstream_maker import UpstreamMaker
 from citadel_gateway.io import attempt
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.connection import Connection
@@ -165,8 +165,8 @@ def cool_down_ignored(_: Original, self: Endpoint, seconds: float, now: float) -
 # Caps and limits.
 
 
-@bug("an endpoint gets one request too many", LoadBalancer, "_make_upstream")
-def cap_off_by_one(make: Original, self: LoadBalancer, *args: Any) -> Any:
+@bug("an endpoint gets one request too many", UpstreamMaker, "make")
+def cap_off_by_one(make: Original, self: UpstreamMaker, *args: Any) -> Any:
     upstream = make(self, *args)
     endpoint = upstream.endpoint
     endpoint.resize(endpoint.max_concurrent + 1, None, endpoint.slow_start)

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import attrs
 import trio
 
-from citadel_gateway.app.load_balancer import Group
+from citadel_gateway.app.group import Group
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.policy.endpoint import Endpoint
 

@@ -181,7 +181,7 @@ class _World:
                     await trio.sleep(_LAST_MISCHIEF)
                     await self._recover(service)
                     await trio.sleep(SETTLES)
-                    self._take_stock(service._levels())
+                    self._take_stock(service.levels())
                     self._drain(service)
                     await self._over.wait()
                 run.open_at_end = sum(engine.open_connections for engine in run.fleet)
@@ -271,10 +271,10 @@ class _World:
         run, began = self.run, trio.current_time()
         until = began + self._slowest_recovery()
         while trio.current_time() < until:
-            if not _unavailable(service._levels()):
+            if not _unavailable(service.levels()):
                 break
             await trio.sleep(0.5)
-        levels = service._levels()
+        levels = service.levels()
         run.unavailable = _unavailable(levels)
         run.to_be_probed = bool(_in_state(State.HALF_OPEN, levels))
         before = {engine.plan.host: len(engine.jobs) for engine in run.fleet}
@@ -285,7 +285,7 @@ class _World:
         )
         used = {run.scenario.endpoint(host) for host in hosts}
         run.still_half_open = tuple(
-            url for url in _in_state(State.HALF_OPEN, service._levels()) if url in used
+            url for url in _in_state(State.HALF_OPEN, service.levels()) if url in used
         )
 
     def _slowest_recovery(self) -> float:

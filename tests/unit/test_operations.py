@@ -349,7 +349,7 @@ async def by_listener_for_metrics(
     departures = Departures()
     departures.close()
     connection = HttpConnection(
-        world.service._serve_monitoring, theirs, ConnectionLimits(), world.service.deadlines,
+        world.service.serve_monitoring, theirs, ConnectionLimits(), world.service.deadlines,
         departures, world.crashes.append, client=client,
     )  # fmt: skip
     world.nursery.start_soon(connection.run)

@@ -11,7 +11,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from citadel_gateway.app.hedging import Race, Runner
-from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
+from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.upstreams import Upstream
 from citadel_gateway.config.loader import parse
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.deadlines import Deadlines

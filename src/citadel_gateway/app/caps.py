@@ -14,7 +14,7 @@ from typing import NoReturn
 import attrs
 import trio
 
-from citadel_gateway.app.load_balancer import Group
+from citadel_gateway.app.group import Group
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.store.base import StoreUnavailable
 from citadel_gateway.io.store.membership import Membership

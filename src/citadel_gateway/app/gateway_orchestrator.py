@@ -13,11 +13,13 @@ import trio
 from citadel_gateway.app import failover
 from citadel_gateway.app.clocks import Clocks
 from citadel_gateway.app.failover import Pause, StillResting
+from citadel_gateway.app.group import Group
 from citadel_gateway.app.hedging import Race, Runner
 from citadel_gateway.app.journey import Job, Journey
-from citadel_gateway.app.load_balancer import Group, LoadBalancer, Upstream
+from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.measuring import Measurement
 from citadel_gateway.app.retrying import Retrying
+from citadel_gateway.app.upstreams import Upstream
 from citadel_gateway.config.schema import LoadBalancerConfig, StreamingConfig
 from citadel_gateway.errors import (
     GatewayError,

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import attrs
 import trio
 
-from citadel_gateway.app.load_balancer import Upstream
+from citadel_gateway.app.upstreams import Upstream
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.deadlines import Deadlines
 from citadel_gateway.io.failures import UpstreamFailure

@@ -8,8 +8,9 @@ from functools import partial
 import attrs
 
 from citadel_gateway.app.failover import Pause
-from citadel_gateway.app.load_balancer import Group, Plan, Upstream
+from citadel_gateway.app.group import Group, Plan
 from citadel_gateway.app.rescue import Rescue
+from citadel_gateway.app.upstreams import Upstream
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.io.record import RequestRecord
 from citadel_gateway.policy.circuit_breaker import Verdict

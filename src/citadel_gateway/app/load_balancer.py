@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Container, Hashable, Sequence, Set
+from collections.abc import Callable, Set
 from contextlib import suppress
 from functools import partial
 from weakref import WeakValueDictionary
@@ -14,250 +13,23 @@ import attrs
 import httpx
 import trio
 
+from citadel_gateway.app.group import Group, Plan
+from citadel_gateway.app.upstream_maker import UpstreamMaker, cost_of
+from citadel_gateway.app.upstreams import Model, Source, Upstream, tokens_needed
 from citadel_gateway.config.flat import AnyConfig, as_schema
-from citadel_gateway.config.schema import EndpointConfig, ModelConfig
-from citadel_gateway.config.values import Capability, Engine, Resolve
+from citadel_gateway.config.schema import ModelConfig
+from citadel_gateway.config.values import Resolve
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
-from citadel_gateway.io.dial import Origin
-from citadel_gateway.io.health_monitoring import HealthChecker, Probe, check_all
+from citadel_gateway.io.health_monitoring import HealthChecker, check_all
 from citadel_gateway.io.resolver import Resolver, is_address
-from citadel_gateway.io.target import Target, split_url
+from citadel_gateway.io.target import split_url
 from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.policy.auth import ApiKey
-from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
 from citadel_gateway.policy.cordons import Cordons
 from citadel_gateway.policy.endpoint import Endpoint
-from citadel_gateway.policy.health_tracker import HealthTracker
-from citadel_gateway.policy.hedging import Hedging
-from citadel_gateway.policy.picker import Picker
 from citadel_gateway.policy.quorum import Quorum
-from citadel_gateway.policy.roster import Roster
 from citadel_gateway.policy.selection import Share, evenly, make_picker, share_by_cost
-from citadel_gateway.policy.slow_start import SlowStart
-from citadel_gateway.policy.waitroom import Choice, Nobody
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
-
-_FLOOR = 4  # requests at once that an endpoint may always have, unless it is told otherwise
-_NEXT_PROBE = 5.0  # seconds: when an endpoint that is down may be known to be up again
-
-
-@attrs.frozen(kw_only=True)
-class Numbers:
-    """What a configuration says about an endpoint, which may be older than it."""
-
-    weight: float
-    max_concurrent: int
-    cost: float | None
-    floor: int | None  # of an adaptive limit, if it has one
-
-
-@attrs.define(eq=False)
-class Upstream:
-    """An endpoint and how to speak to it."""
-
-    endpoint: Endpoint
-    target: Target
-    probe: Probe
-    numbers: Numbers
-    engine: Engine = Engine.AUTO
-    hedging: Hedging | None = None  # its model's, if that is hedged
-    asks_usage: bool = True  # until it has refused `stream_options`
-
-    @property
-    def known_engine(self) -> Engine:
-        """What it is configured to be, else what it says that it is."""
-        if self.engine is Engine.AUTO and self.endpoint.engine:
-            return Engine(self.endpoint.engine)
-        return self.engine
-
-    def is_deaf(self, kind: Kind) -> bool:
-        """Whether it does not hear the client of a whole answer hang up, and works on.
-
-        llama.cpp writes nothing before the end, and listens only when it writes.
-        """
-        return self.known_engine is Engine.LLAMACPP and kind is not Kind.EMBEDDINGS
-
-
-@attrs.define(eq=False)
-class Model:
-    """A model that clients can ask for."""
-
-    id: str
-    config: ModelConfig
-    quorum: Quorum
-    upstreams: list[Upstream] = attrs.field(factory=list, init=False)
-    hedging: Hedging | None = attrs.field(default=None, init=False)
-    _begun: bool = attrs.field(default=False, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        if self.config.hedge:
-            self.hedging = Hedging(self.config.hedge_after)
-
-    def begin(self, previous: Model | None = None) -> None:
-        """Mind how many of the endpoints are well, as *previous* has done until now."""
-        endpoints = [upstream.endpoint for upstream in self.upstreams]
-        if previous is not None:
-            if self.hedging is not None and previous.hedging is not None:
-                self.hedging.take_over(previous.hedging)
-            previous.quorum.renew(self.quorum, endpoints)
-            self.quorum = previous.quorum
-        else:
-            self.quorum.renew(self.quorum, endpoints)
-        self._begun = True
-
-    def end(self) -> None:
-        """There is no such model any more."""
-        for upstream in self.upstreams:
-            self.quorum.remove(upstream.endpoint)
-
-    def add(self, upstreams: Sequence[Upstream]) -> None:
-        self.upstreams += upstreams
-        if self._begun:
-            for upstream in upstreams:
-                self.quorum.add(upstream.endpoint)
-
-    def remove(self, upstream: Upstream) -> None:
-        self.upstreams.remove(upstream)
-        if self._begun:
-            self.quorum.remove(upstream.endpoint)
-
-    def can_answer(self, request: InferenceRequest) -> bool:
-        return _CAPABILITY[request.kind] in self.config.capabilities
-
-    def can_hold(self, request: InferenceRequest) -> bool:
-        """Whether prompt and answer fit its context, as far as can be told without a tokenizer."""
-        window = self.config.context_window
-        return window is None or _tokens_needed(request) <= window
-
-
-@attrs.define(eq=False)
-class Source:
-    """A name in the configuration each of whose addresses is an endpoint of its own."""
-
-    model: Model
-    config: EndpointConfig
-    origin: Origin
-    serving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
-
-
-_CAPABILITY = {
-    Kind.CHAT: Capability.CHAT,
-    Kind.COMPLETIONS: Capability.COMPLETIONS,
-    Kind.EMBEDDINGS: Capability.EMBEDDINGS,
-}
-
-
-@attrs.define(eq=False)
-class Group:
-    """Endpoints that would do equally well, and whose turn it is among them.
-
-    It outlives the configuration that it was made for, as do those who wait for it.
-
-    :param basis: what the picker goes by, besides what is written on the endpoints.
-    """
-
-    name: str
-    models: tuple[Model, ...]
-    picker: Picker
-    share: Share = evenly
-    basis: Hashable = None
-    upstreams: dict[Endpoint, Upstream] = attrs.field(factory=dict, init=False)
-    _roster: Roster = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._roster = Roster(self.picker)
-
-    def begin(self) -> None:
-        """Take in the endpoints of the models."""
-        self.add([upstream for model in self.models for upstream in model.upstreams])
-
-    def add(self, upstreams: Sequence[Upstream]) -> None:
-        self.upstreams |= {upstream.endpoint: upstream for upstream in upstreams}
-        self._roster.add(upstream.endpoint for upstream in upstreams)
-
-    def retire(self, upstream: Upstream) -> None:
-        """Give it nothing new; who is with it already still finds it here."""
-        endpoint = upstream.endpoint
-        self._roster.remove(endpoint)
-        endpoint.watchers.append(self._forget_when_idle)
-        self._forget_when_idle(endpoint)
-
-    def _forget_when_idle(self, endpoint: Endpoint) -> None:
-        has_returned = endpoint in self._roster
-        if has_returned or endpoint.in_flight == 0:
-            endpoint.unwatch(self._forget_when_idle)
-            if not has_returned:
-                self.upstreams.pop(endpoint, None)
-
-    def renew(self, other: Group, reweighed: Set[Endpoint]) -> None:
-        """Become what *other* is, which has not begun; turns are kept, and so is who waits.
-
-        :param reweighed: endpoints whose share of the load is not what it was.
-        """
-        wanted = {u.endpoint: u for model in other.models for u in model.upstreams}
-        for endpoint, upstream in list(self.upstreams.items()):
-            if endpoint in self._roster and endpoint not in wanted:
-                self.retire(upstream)
-        new = [u for u in wanted.values() if u.endpoint not in self._roster]
-        self.models, self.share = other.models, other.share
-        self.upstreams |= wanted
-        if other.basis != self.basis or not reweighed.isdisjoint(wanted):
-            self.basis, self.picker = other.basis, other.picker
-            self._roster.reorder(self.picker)
-        self.add(new)
-
-    def dissolve(self) -> None:
-        """Nobody will ask it any more: be told nothing, either."""
-        self.models = ()
-        for endpoint in self.upstreams:
-            self._roster.remove(endpoint)
-            endpoint.unwatch(self._forget_when_idle)
-
-    def choose(self, tried: Container[Endpoint], now: float) -> Choice:
-        """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
-        endpoint = self._roster.choose(tried, now)
-        if endpoint is None and self._roster.hurry(now):
-            endpoint = self._roster.choose(tried, now)
-        if endpoint is not None:
-            return endpoint
-        if self._roster.is_any_full(tried, now):
-            return None
-        return Nobody(self.next_chance(now))
-
-    def spare(self, model: str, tried: Set[Endpoint], now: float) -> Endpoint | None:
-        """One more endpoint of *model* with room right now; nobody is hurried for it."""
-        if len(self.models) > 1:
-            tried = tried | {endpoint for endpoint in self.upstreams if endpoint.model != model}
-        return self._roster.choose(tried, now)
-
-    def choose_any(self, now: float) -> Choice:
-        """The same while none was tried."""
-        return self.choose((), now)
-
-    def preview(self, now: float) -> Endpoint | None:
-        """Who would be chosen now, asked of a copy, so that nobody's turn is used up."""
-        shared = {id(endpoint): endpoint for endpoint in self.upstreams}
-        return copy.deepcopy(self._roster, shared).choose((), now)
-
-    def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
-        """Whether an endpoint that was not *tried* is available, with room or without."""
-        return self._roster.is_any_left(tried, now)
-
-    def next_chance(self, now: float) -> float:
-        """Seconds until an endpoint may be available again, as far as can be known."""
-        return self._roster.next_chance(now, _NEXT_PROBE)
-
-    def is_cordoned(self) -> bool:
-        """Whether it is by command that there is nobody."""
-        return bool(self.upstreams) and all(endpoint.cordoned for endpoint in self.upstreams)
-
-
-@attrs.frozen
-class Plan:
-    """Where a request may go: the groups in order of preference, and why the first one."""
-
-    groups: tuple[Group, ...]
-    reason: str
 
 
 class LoadBalancer:
@@ -282,14 +54,16 @@ class LoadBalancer:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
-        self._share = share
         self.sources: list[Source] = []
         self.cordons: Cordons = Cordons() if previous is None else previous.cordons
         self.on_panic: Callable[[str, bool], None] = lambda *_: None  # told of models
         self._leaving: list[Upstream] = []
-        # Every endpoint that anybody still has to do with, so that there is never a second one.
-        self._endpoints: WeakValueDictionary[tuple[str, str], Endpoint] = (
-            WeakValueDictionary() if previous is None else previous._endpoints
+        self.maker: UpstreamMaker = UpstreamMaker(
+            balancing=config.load_balancer,
+            cordons=self.cordons,
+            rng=self._rng,
+            share=share,
+            endpoints=WeakValueDictionary() if previous is None else previous.maker.endpoints,
         )
         self.models = {
             str(name): self._make_model(name, model) for name, model in config.models.items()
@@ -347,7 +121,7 @@ class LoadBalancer:
         for source in self.sources:
             self._follow(source, previous)
         previous.sources.clear()
-        reweighed = {u.endpoint for u in self.upstreams if self._configure(u)}
+        reweighed = {u.endpoint for u in self.upstreams if self.maker.configure(u)}
         for endpoint in reweighed:
             if endpoint.warmth < 1.0:
                 endpoint.warm_up(now)
@@ -417,8 +191,8 @@ class LoadBalancer:
         new = []
         for address in addresses:
             if address not in source.serving:
-                upstream = self._make_upstream(source, address)
-                upstream.endpoint.health = self.unknown_health()
+                upstream = self.maker.make(source, address)
+                upstream.endpoint.health = self.maker.unknown_health()
                 upstream.endpoint.is_newcomer = joins_others
                 source.serving[address] = upstream
                 new.append(upstream)
@@ -429,7 +203,7 @@ class LoadBalancer:
             for group in self._groups_of(model):
                 group.retire(upstream)
         for upstream in new:
-            self._configure(upstream)
+            self.maker.configure(upstream)
         model.add(new)
         for group in self._groups_of(model):
             group.add(new)
@@ -442,7 +216,7 @@ class LoadBalancer:
                 for address in [a for a in source.serving if a not in other.serving]:
                     source.model.remove(source.serving.pop(address))
                 for address in [a for a in other.serving if a not in source.serving]:
-                    upstream = source.serving[address] = self._make_upstream(source, address)
+                    upstream = source.serving[address] = self.maker.make(source, address)
                     source.model.add([upstream])
 
     def _groups_of(self, model: Model) -> list[Group]:
@@ -566,7 +340,7 @@ class LoadBalancer:
         fitting = [m for m in able if m.can_hold(request)]
         if not fitting:
             raise invalid_request(
-                f"The request needs about {_tokens_needed(request)} "
+                f"The request needs about {tokens_needed(request)} "
                 "tokens, more than any model's context window.",
                 param="messages" if request.kind is Kind.CHAT else "prompt",
                 code="context_length_exceeded",
@@ -575,7 +349,7 @@ class LoadBalancer:
 
     def _auto_group(self, request: InferenceRequest, key: ApiKey | None) -> Group:
         """Those who can take *request*; it is the same group for all that differ in little."""
-        size = bisect_left(self._windows, _tokens_needed(request))
+        size = bisect_left(self._windows, tokens_needed(request))
         kind = (request.kind, size, None if key is None else key.id)
         group = self._known_auto_groups.get(kind)
         if group is None:
@@ -595,7 +369,7 @@ class LoadBalancer:
     def _make_auto_group(self, models: list[Model]) -> Group:
         if not self.config.gateway.cost_optimization_enabled:
             return self._make_group(AUTO, models)
-        prices = [_cost(model.config) for model in models]
+        prices = [cost_of(model.config) for model in models]
         return self._make_group(
             AUTO, models, share_by_cost(prices), min(filter(None, prices), default=None)
         )
@@ -626,88 +400,11 @@ class LoadBalancer:
             ):
                 self.sources.append(source)
             else:
-                model.add([self._make_upstream(source)])
+                model.add([self.maker.make(source)])
         return model
 
     def _note_panic(self, model: str, begins: bool) -> None:
         self.on_panic(model, begins)
-
-    def _make_upstream(self, source: Source, address: str | None = None) -> Upstream:
-        """The endpoint of *source*, or the one at *address*."""
-        model, config = source.model, source.config
-        origin = attrs.evolve(source.origin, address=address)
-        engine = config.engine or model.config.engine
-        numbers = Numbers(
-            weight=config.weight or model.config.weight,
-            max_concurrent=config.max_concurrent or model.config.max_concurrent,
-            cost=_cost(model.config),
-            floor=(config.min_concurrent or _FLOOR) if config.adaptive_concurrency else None,
-        )
-        url = config.url if address is None else f"{config.url} [{address}]"
-        endpoint = self._endpoints.get((model.id, url))
-        if endpoint is None:
-            endpoint = self._endpoints[model.id, url] = Endpoint(
-                model=model.id,
-                url=url,
-                weight=numbers.weight,
-                max_concurrent=numbers.max_concurrent,
-                cost=numbers.cost,
-                breaker=CircuitBreaker(self._breaker_policy(), self._rng.random),
-                health=self.unknown_health(),
-                share=self._share,
-            )
-            self._resize(endpoint, numbers)
-            self.cordons.apply(endpoint)
-        return Upstream(
-            endpoint=endpoint,
-            target=Target.of(config.url, config.api_key, origin),
-            probe=Probe.of(config.url, engine.value, config.api_key, origin),
-            numbers=numbers,
-            engine=engine,
-            hedging=model.hedging,
-        )
-
-    def _configure(self, upstream: Upstream) -> bool:
-        """Let the endpoint go by this configuration; true if its share is not what it was."""
-        endpoint, numbers, balancing = (
-            upstream.endpoint,
-            upstream.numbers,
-            self.config.load_balancer,
-        )
-        before = (endpoint.weight, endpoint.cost, endpoint.slow_start)
-        endpoint.weight, endpoint.cost = numbers.weight, numbers.cost
-        self._resize(endpoint, numbers)
-        endpoint.breaker.renew(self._breaker_policy())
-        endpoint.health.rise = balancing.healthy_after
-        endpoint.health.fall = balancing.unhealthy_after
-        return before != (endpoint.weight, endpoint.cost, endpoint.slow_start)
-
-    def _resize(self, endpoint: Endpoint, numbers: Numbers) -> None:
-        slow_start = SlowStart(self.config.load_balancer.slow_start)
-        endpoint.resize(numbers.max_concurrent, numbers.floor, slow_start)
-
-    def _breaker_policy(self) -> BreakerPolicy:
-        balancing = self.config.load_balancer
-        return BreakerPolicy(
-            threshold=balancing.circuit_breaker_threshold,
-            rest=balancing.circuit_breaker_timeout,
-            failure_ratio=balancing.circuit_breaker_failure_ratio,
-            window=balancing.circuit_breaker_window,
-            min_requests=balancing.circuit_breaker_min_requests,
-        )
-
-    def unknown_health(self) -> HealthTracker:
-        """Of an endpoint that is to be probed before it is used."""
-        balancing = self.config.load_balancer
-        return HealthTracker(rise=balancing.healthy_after, fall=balancing.unhealthy_after)
-
-
-def _tokens_needed(request: InferenceRequest) -> int:
-    return request.prompt_tokens + (request.max_tokens or 1)
-
-
-def _cost(model: ModelConfig) -> float | None:
-    return model.cost_per_hour if model.cost_per_request is None else model.cost_per_request
 
 
 def _cannot_answer(model: str, kind: Kind) -> GatewayError:

@@ -43,13 +43,13 @@ class Refusal:
 class Observer(Protocol):
     """Who wants to know what comes of it."""
 
-    def reload_began(self, why: str) -> None: ...
+    def began(self, why: str) -> None: ...
 
-    def reload_refused(self, problems: list[str]) -> None: ...
+    def refused(self, problems: list[str]) -> None: ...
 
-    def reload_crashed(self, exc: Exception) -> None: ...
+    def crashed(self, exc: Exception) -> None: ...
 
-    def reload_ended(self, *, taken: bool) -> None: ...
+    def ended(self, *, taken: bool) -> None: ...
 
 
 @attrs.define(eq=False)
@@ -90,19 +90,19 @@ class Reloader:
             await self._reload(why)
 
     async def _reload(self, why: str) -> None:
-        self.observer.reload_began(why)
+        self.observer.began(why)
         try:
             config = await _in_thread(self.file.load)
             await self.adopt(config, self.file.digest)
             self.refusal = None
         except ConfigError as exc:
             self.refusal = Refusal(at=time.time(), problems=tuple(exc.problems))
-            self.observer.reload_refused(exc.problems)
+            self.observer.refused(exc.problems)
         except Exception as exc:  # a bug: the old configuration had better stay alive, too
             self.refusal = Refusal(at=time.time(), problems=("an internal error; see the log",))
-            self.observer.reload_crashed(exc)
+            self.observer.crashed(exc)
         finally:
-            self.observer.reload_ended(taken=self.refusal is None)
+            self.observer.ended(taken=self.refusal is None)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

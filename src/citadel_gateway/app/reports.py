@@ -8,7 +8,9 @@ from typing import Any
 
 import attrs
 
-from citadel_gateway.app.load_balancer import Group, LoadBalancer, Model, Upstream
+from citadel_gateway.app.group import Group
+from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.upstreams import Model, Upstream
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.waitroom import Waitroom

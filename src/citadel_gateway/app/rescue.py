@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from citadel_gateway.app.load_balancer import Group, Upstream
+from citadel_gateway.app.group import Group
+from citadel_gateway.app.upstreams import Upstream
 from citadel_gateway.config.values import Engine
 from citadel_gateway.io.failures import UpstreamFailure
 from citadel_gateway.policy.endpoint import Endpoint

@@ -10,8 +10,9 @@ import trio
 from citadel_gateway.app import failover
 from citadel_gateway.app.clocks import Clocks
 from citadel_gateway.app.journey import Journey
-from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
+from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.rescue import Rescue, is_worth_continuing
+from citadel_gateway.app.upstreams import Upstream
 from citadel_gateway.config.schema import LoadBalancerConfig
 from citadel_gateway.config.values import RetryAmbiguous
 from citadel_gateway.io.failures import UpstreamFailure

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import signal
-import ssl
-import sys
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import attrs
 import trio
 
 from citadel_gateway.app.admin import MONITORING
 from citadel_gateway.app.caps import Caps
+from citadel_gateway.app.chronicle import Chronicle
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.findings import Findings
 from citadel_gateway.app.front import Front
@@ -29,28 +25,38 @@ from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.generation import Generation
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.host import Alone, Host
-from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
+from citadel_gateway.app.listeners import Listeners, say_unused
+from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.measure import all_upstreams, measure
 from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.overload import Overload, Sensors
 from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reload import Reloader
+from citadel_gateway.app.reload_news import ReloadNews
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import PROBED, make_quart_app
-from citadel_gateway.app.server import Server, make_tls
+from citadel_gateway.app.server import Server
+from citadel_gateway.app.tls_files import (
+    TlsFiles,
+    api_address,
+    names_tls_files,
+    read_tls_files,
+    tls_settings,
+)
+from citadel_gateway.app.upkeep import RestTimers
 from citadel_gateway.app.watch import Watch
 from citadel_gateway.config.flat import AnyConfig, as_schema
-from citadel_gateway.config.loader import ConfigError
 from citadel_gateway.config.restart import keep_what_is_fixed
-from citadel_gateway.config.schema import GatewayConfigSchema, TlsConfig
+from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.crowd import Turns
 from citadel_gateway.io.deadlines import Deadlines
-from citadel_gateway.io.dial import Connect, Dialer, make_connect, make_tls_contexts
+from citadel_gateway.io.dial import Connect, Dialer, make_connect
 from citadel_gateway.io.listening import API, MONITORING_LISTENER, Address, Inherited, Passed
-from citadel_gateway.io.logs import JsonLog, redact
-from citadel_gateway.io.metrics import Levels, Metrics, OverloadLevel, StoreLevels
+from citadel_gateway.io.logs import JsonLog
+from citadel_gateway.io.metrics import Levels, Metrics
 from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.pump import Pump
 from citadel_gateway.io.record import CLIENT_CLOSED_REQUEST, RequestRecord
@@ -65,10 +71,8 @@ from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.io.upstream import UpstreamClient
 from citadel_gateway.policy.circuit_breaker import Transition
 from citadel_gateway.policy.endpoint import Endpoint
-from citadel_gateway.policy.priority import NAMES, NEWCOMER
 from citadel_gateway.policy.waitroom import Waitroom
-from citadel_gateway.policy.watermarks import Level, Use
-from citadel_gateway.wire.openai_request import AUTO
+from citadel_gateway.policy.watermarks import Level
 
 _FIRST_ROUND = 1.5  # seconds that the first probes may hold up the start
 _UPKEEP = 1.0  # seconds between two looks at what has expired
@@ -109,6 +113,8 @@ class UnifiedAPIGatewayService:
         config = as_schema(config)
         self._rng = rng or random.Random()
         self.log = log or JsonLog()
+        self.metrics = Metrics(self.levels)
+        self._chronicle = Chronicle(self.log, self.metrics)
         self.deadlines = Deadlines()
         self.pump = Pump()
         self.log.level = _level(config)
@@ -117,11 +123,13 @@ class UnifiedAPIGatewayService:
         self._cutting = False
         self._serving = trio.CancelScope()
         self._is_listening = False
-        self._servers: list[Server] = []
+        self._listeners: Listeners | None = None
         self._notifier = Notifier()
-        self._rest_news = trio.Event()
+        self._rests = RestTimers(
+            lambda: self.watch, self._note_transition, lambda: self.admission.pump()
+        )
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
-        self.resolver.on_trouble = self._note_name_trouble
+        self.resolver.on_trouble = self._chronicle.name_trouble
         self.resolver.on_change = lambda host: self.watch.note_change(host)
         self._dialer = None if connect is not None else self._make_dialer(config)
         self.pool = self._make_pool(connect)
@@ -136,10 +144,9 @@ class UnifiedAPIGatewayService:
         )
         self._started = time.time()
         self._now: Callable[[], float] = time.monotonic  # until the event loop's clock runs
-        self.metrics = Metrics(self._levels)
         self.overload = Overload(
             sensors or Sensors(),
-            on_level=self._note_level,
+            on_level=self._chronicle.level,
             on_change=self._take_less,
             on_refusal=self.metrics.overloaded,
             chance=self._rng.random,
@@ -159,14 +166,16 @@ class UnifiedAPIGatewayService:
                 self.membership,
                 self.admission,
                 seats=lambda: self.config.performance.max_concurrent_requests,
-                endpoints=lambda: (u.endpoint for u in self._upstreams()),
+                endpoints=lambda: (u.endpoint for u in all_upstreams(self.balancer)),
                 name=self.findings.name,
             )
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
-        self.operations = Operations(lambda: self.balancer, self.admission.pump, self._note_order)
+        self.operations = Operations(
+            lambda: self.balancer, self.admission.pump, self._chronicle.order
+        )
         self.host: Host = Alone(self.metrics, self.operations)
-        self._generations = [self.generation]  # those that have requests, the current one last
+        self.generations = [self.generation]  # those that have requests, the current one last
         self._adopting = trio.Lock()
         self._background: trio.Nursery | None = None
         self.reloader: Reloader | None = None
@@ -175,7 +184,13 @@ class UnifiedAPIGatewayService:
                 file,
                 adopt=self.adopt,
                 watches=lambda: self.config.service.reload_on_change,
-                observer=self,
+                observer=ReloadNews(
+                    log=self.log,
+                    metrics=self.metrics,
+                    notifier=lambda: self._notifier,
+                    on_crash=self.note_crash,
+                    on_end=lambda: self._notifier.ready(),
+                ),
             )
         self._quart: Callable[..., Awaitable[None]] = make_quart_app(self)
         self.app = Front(self.generation, self._quart, on_end=self._note_answer)
@@ -191,7 +206,7 @@ class UnifiedAPIGatewayService:
             previous=None if previous is None else previous.balancer,
             share=None if self.caps is None else 0,
         )
-        balancer.on_panic = self._note_panic
+        balancer.on_panic = self._chronicle.panic
         doorkeeper = Doorkeeper(config, self.metrics.rejected, self.membership)
         orchestrator = GatewayOrchestrator(
             balancer=balancer,
@@ -213,8 +228,8 @@ class UnifiedAPIGatewayService:
                 balancer=balancer,
                 client=self._probe_client,
                 on_flip=self._note_flip,
-                on_arrival=self._note_arrival,
-                on_crash=self._note_background_crash,
+                on_arrival=self._chronicle.arrival,
+                on_crash=self._chronicle.background_crash,
                 sharing=self.findings,
             ),
             doorkeeper=doorkeeper,
@@ -293,7 +308,7 @@ class UnifiedAPIGatewayService:
                 await background.start(self.membership.store.run)
             for name, task in self._background_tasks().items():
                 background.start_soon(
-                    partial(supervise, task, name=name, on_crash=self._note_background_crash)
+                    partial(supervise, task, name=name, on_crash=self._chronicle.background_crash)
                 )
             await self.watch.look_once(_FIRST_ROUND)
             if self.caps is not None:
@@ -344,14 +359,15 @@ class UnifiedAPIGatewayService:
                     nursery.start_soon(
                         partial(feed_watchdog, notifier, alive=lambda: not self._has_successor)
                     )
-                    address = await self._start_servers(nursery, inherited, turns)
-                    self._announce(address)
+                    listeners, address = await self._start_servers(nursery, inherited, turns)
+                    is_alone = isinstance(self.host, Alone)
+                    self._chronicle.listening(address, self.config, is_alone=is_alone)
                     notifier.ready()
                     task_status.started(address)
                     await self.draining.wait()
                     if not self._has_successor:
                         notifier.stopping()
-                    await self._drain()
+                    await self._drain(listeners)
                     nursery.cancel_scope.cancel()
             minding.cancel_scope.cancel()
 
@@ -363,49 +379,41 @@ class UnifiedAPIGatewayService:
 
     async def _start_servers(
         self, nursery: trio.Nursery, inherited: Sequence[Inherited], turns: Turns | None
-    ) -> Address:
+    ) -> tuple[Listeners, Address]:
         service, monitoring = self.config.service, self.config.monitoring
         passed = Passed(list(inherited))
-        api = Address(service.host, service.port, service.tls_certfile, service.tls_keyfile)
-        self._servers = [
-            Server(
-                self.app,
-                api,
-                service,
-                self.note_crash,
-                self._note_unserved,
-                passed.take(API, api.host, api.port),
-                self.metrics.timed_out,
-                turns,
-            )
-        ]
+        api = api_address(self.config)
+        first = Server(
+            self.app,
+            api,
+            service,
+            self.note_crash,
+            self._note_unserved,
+            passed.take(API, api.host, api.port),
+            self.metrics.timed_out,
+            turns,
+        )
+        second = None
         if monitoring.prometheus_port is not None:
-            second = Address(monitoring.prometheus_host, monitoring.prometheus_port)
-            sock = passed.take(MONITORING_LISTENER, second.host, second.port)
-            self._servers.append(
-                Server(self._serve_monitoring, second, service, self.note_crash, inherited=sock)
+            address = Address(monitoring.prometheus_host, monitoring.prometheus_port)
+            sock = passed.take(MONITORING_LISTENER, address.host, address.port)
+            second = Server(
+                self.serve_monitoring, address, service, self.note_crash, inherited=sock
             )
-        for unused in passed.close_rest():
-            self.log.event(
-                logging.WARNING,
-                "a socket was passed on that is nobody's: name it api or monitoring, or give it "
-                "an address of the configuration",
-                socket=unused,
-            )
-        self._take_less(self.overload.level)
-        bound = [await nursery.start(server.run) for server in self._servers]
+        say_unused(self.log, passed.close_rest())
+        listeners = self._listeners = Listeners(first, second, self.log)
+        listeners.take_less(self.overload.level)
+        bound = [await nursery.start(server.run) for server in listeners.all]
         self._is_listening = True
-        first: Address = bound[0]
-        return first
+        return listeners, bound[0]
 
     def drain(self, *, last: bool = False) -> None:
         """Finish what is running, and return from :meth:`run`.
 
         :param last: nobody else comes for those who wait in the listeners that were inherited.
         """
-        if last and not self._has_successor:
-            for server in self._servers:
-                server.own()
+        if last and not self._has_successor and self._listeners is not None:
+            self._listeners.own()
         self.draining.set()
 
     def give_up(self) -> None:
@@ -418,32 +426,17 @@ class UnifiedAPIGatewayService:
         """How much this process has to do right now."""
         return {
             "in_flight": self.admission.waitroom.taken,
-            "connections": sum(server.open_connections for server in self._servers),
+            "connections": self.open_connections,
         }
 
-    async def _drain(self) -> None:
-        service = self.config.service
-        api, *others = self._servers
-        self.log.event(logging.INFO, "draining", within=service.drain_timeout)
-        api.promise_nothing()
-        if api.is_shared:
-            api.stop_accepting()  # whoever comes now is the next process's
-        for server in others:
-            if server.is_shared:
-                await self._end(server)
-        if api.open_connections:
-            await trio.sleep(service.lame_duck)
-        await api.stop(service.drain_timeout)
-        self._cutting = True
-        await api.cut()
-        for server in others:
-            if not server.is_shared:
-                await self._end(server)
-        self.log.event(logging.INFO, "stopped")
+    @property
+    def open_connections(self) -> int:
+        return 0 if self._listeners is None else self._listeners.open_connections
 
-    async def _end(self, server: Server) -> None:
-        await server.stop(0.0)
-        await server.cut()
+    async def _drain(self, listeners: Listeners) -> None:
+        await listeners.drain(self.config.service)
+        self._cutting = True
+        await listeners.cut()
 
     async def _mind_signals(self, minding: trio.Nursery, successor: Successor | None) -> None:
         minded = [signal.SIGTERM, signal.SIGINT]
@@ -456,22 +449,20 @@ class UnifiedAPIGatewayService:
                 if number == signal.SIGHUP and self.reloader is not None:
                     self.reloader.ask()
                 elif number == signal.SIGUSR2 and successor is not None:
-                    if not self._is_listening or successor.is_starting:
+                    if self._listeners is None or not self._is_listening or successor.is_starting:
                         continue
                     if not self.draining.is_set():
-                        minding.start_soon(self._hand_over, successor)
+                        minding.start_soon(self._hand_over, self._listeners, successor)
                 else:
                     if self.draining.is_set():
                         self.give_up()  # asked twice
                     self.draining.set()
 
-    async def _hand_over(self, successor: Successor) -> None:
+    async def _hand_over(self, listeners: Listeners, successor: Successor) -> None:
         """Start the next process with our sockets, and drain when it serves."""
         self.log.event(logging.INFO, "starting a successor")
-        names = [API, MONITORING_LISTENER]
-        sockets = {n: s.listener for n, s in zip(names, self._servers, strict=False)}
         try:
-            pid = await successor.start(sockets)
+            pid = await successor.start(listeners.sockets)
         except SuccessorFailed as exc:
             self.log.event(
                 logging.ERROR, "the successor failed; serving on without it", error=str(exc)
@@ -483,8 +474,7 @@ class UnifiedAPIGatewayService:
         self.log.event(logging.INFO, "handed over", pid=pid)
         self._notifier.handed_over(pid)
         self._has_successor = True
-        for server in self._servers:
-            server.share()
+        listeners.share()
         self.draining.set()
 
     # Another configuration.
@@ -502,16 +492,16 @@ class UnifiedAPIGatewayService:
                 raise RuntimeError("the gateway is not open")
             previous = self.generation
             wanted, kept = keep_what_is_fixed(previous.config, as_schema(config))
-            tls = _Tls({}, None)
-            if wanted.service.tls_certfile or _tls_settings(wanted):
-                tls = await trio.to_thread.run_sync(_read_tls, wanted, abandon_on_cancel=True)
+            tls = TlsFiles({}, None)
+            if names_tls_files(wanted):
+                tls = await trio.to_thread.run_sync(read_tls_files, wanted, abandon_on_cancel=True)
             generation = self._make_generation(wanted, digest, previous)
             await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
             self._succeed(generation, previous, tls)
             for what in kept:
                 self.log.event(logging.WARNING, "needs a restart", problem=what)
 
-    def _succeed(self, generation: Generation, previous: Generation, tls: _Tls) -> None:
+    def _succeed(self, generation: Generation, previous: Generation, tls: TlsFiles) -> None:
         """Let *generation* be the current one.  Waits for nobody."""
         config = generation.config
         before = {u.endpoint.url for u in previous.balancer.upstreams}
@@ -528,16 +518,16 @@ class UnifiedAPIGatewayService:
         self.log.level = _level(config)
         if self._dialer is not None:
             self._dialer.renew(tls.upstream)
-        for server, context in zip(self._servers, (tls.listener, None), strict=False):
-            server.renew(config.service, context)
+        if self._listeners is not None:
+            self._listeners.renew(config.service, tls.listener)
         self.generation = self.app.generation = generation
         if _seen_by_quart(config) != _seen_by_quart(previous.config):
             self._quart = self.app.quart = make_quart_app(self)
-        self._generations.append(generation)
+        self.generations.append(generation)
         if self._background is not None:
             self._background.start_soon(self._run_generation, generation)
         previous.retire()
-        self._rest_news.set()  # other breakers; and those who wait are called, as there is room
+        self._rests.note()  # other breakers; and those who wait are called, as there is room
         after = {u.endpoint.url for u in generation.balancer.upstreams}
         self.log.event(
             logging.INFO,
@@ -547,31 +537,13 @@ class UnifiedAPIGatewayService:
             added=sorted(after - before),
             removed=sorted(before - after),
         )
-        self._warn_of_trust(config)
+        self._chronicle.trust(config)
 
     async def _run_generation(self, generation: Generation) -> None:
-        await generation.run(self._note_background_crash)
-        self._generations.remove(generation)
-        generation.dissolve(self._generations)
-        self.resolver.forget_others({h for g in self._generations for h in g.balancer.hosts})
-
-    def reload_began(self, why: str) -> None:
-        self._notifier.reloading()
-        self.log.event(logging.INFO, "reading the configuration again", why=why)
-
-    def reload_refused(self, problems: list[str]) -> None:
-        self.metrics.reloaded("refused")
-        for problem in problems:
-            self.log.event(logging.ERROR, "the configuration is not taken", problem=redact(problem))
-
-    def reload_crashed(self, exc: Exception) -> None:
-        self.metrics.reloaded("crashed")
-        self.note_crash("reload", exc)
-
-    def reload_ended(self, *, taken: bool) -> None:
-        if taken:
-            self.metrics.reloaded("taken")
-        self._notifier.ready()
+        await generation.run(self._chronicle.background_crash)
+        self.generations.remove(generation)
+        generation.dissolve(self.generations)
+        self.resolver.forget_others({h for g in self.generations for h in g.balancer.hosts})
 
     def _configuration(self) -> dict[str, Any]:
         """What ``/models/status`` says of the configuration."""
@@ -581,7 +553,7 @@ class UnifiedAPIGatewayService:
             "generation": generation.number,
             "since": _utc(generation.since),
             "sha256": generation.digest or None,
-            "older_in_use": len(self._generations) - 1,
+            "older_in_use": len(self.generations) - 1,
             "refused": None if refusal is None else refusal.report(),
         }
 
@@ -590,7 +562,7 @@ class UnifiedAPIGatewayService:
     def _background_tasks(self) -> dict[str, Callable[[], Any]]:
         tasks: dict[str, Callable[[], Any]] = {
             "upkeep": self._run_upkeep,
-            "rest timers": self._run_rest_timers,
+            "rest timers": self._rests.run,
             "names": self.resolver.run,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
@@ -613,23 +585,9 @@ class UnifiedAPIGatewayService:
             self.admission.pump()
             if trio.current_time() >= forget_at:
                 self.doorkeeper.limiter.forget_full(trio.current_time())
-                known = {endpoint.url for endpoint in self._levels().endpoints}
+                known = {endpoint.url for endpoint in self.levels().endpoints}
                 self.metrics.forget_absent(known, trio.current_time())
                 forget_at += _FORGET
-
-    async def _run_rest_timers(self) -> None:
-        """Note when endpoints have rested, and call those who wait for them."""
-        while True:
-            now = trio.current_time()
-            soonest = min((e.rest_ends_at(now) for e in self.watch), default=math.inf)
-            with trio.move_on_at(soonest):
-                await self._rest_news.wait()
-            self._rest_news = trio.Event()
-            for endpoint in self.watch:
-                transition = endpoint.breaker.ripen(trio.current_time())
-                if transition is not None:
-                    self._note_transition(endpoint, transition)
-            self.admission.pump()
 
     # What happens is told to the metrics and the log.
 
@@ -638,7 +596,7 @@ class UnifiedAPIGatewayService:
         if self.generation.config.monitoring.access_log:
             self.log.request(access_line(record))
 
-    async def _serve_monitoring(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def serve_monitoring(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """The application of the second listener: Quart's routes, and known to be asked there."""
         extensions = {**scope["extensions"], MONITORING: {}}
         await self._quart({**scope, "extensions": extensions}, receive, send)
@@ -664,94 +622,27 @@ class UnifiedAPIGatewayService:
         self._tell_of(endpoint, transition)
 
     def _note_cool_down(self, endpoint: Endpoint) -> None:
-        self._rest_news.set()
+        self._rests.note()
         if self.findings is not None:
             self.findings.cooled(endpoint)
 
     def _tell_of(self, endpoint: Endpoint, transition: Transition) -> None:
-        self._rest_news.set()
-        self.metrics.changed(endpoint, transition)
-        self.log.event(
-            logging.WARNING,
-            "breaker",
-            model=endpoint.model,
-            endpoint=endpoint.url,
-            before=transition.before.value,
-            after=transition.after.value,
-            why=transition.why,
-        )
+        self._rests.note()
+        self._chronicle.transition(endpoint, transition)
 
     def _note_flip(self, endpoint: Endpoint) -> None:
-        self.log.event(
-            logging.INFO if endpoint.health.healthy else logging.WARNING,
-            "health",
-            model=endpoint.model,
-            endpoint=endpoint.url,
-            healthy=endpoint.health.healthy,
-            error=endpoint.health.last_error,
-        )
+        self._chronicle.flip(endpoint)
         self.admission.pump()
 
-    def _note_level(self, resource: str, level: Level, use: Use) -> None:
-        self.log.event(
-            logging.WARNING if level else logging.INFO,
-            "overload",
-            resource=resource,
-            state=level.name.lower(),
-            used=use.used,
-            limit=use.limit,
-        )
-
     def _take_less(self, level: Level) -> None:
-        for server in self._servers[:1]:  # whoever looks at metrics and health is always welcome
-            server.take_less(level)
+        if self._listeners is not None:
+            self._listeners.take_less(level)
 
-    def _note_panic(self, model: str, begins: bool) -> None:
-        self.log.event(
-            logging.WARNING if begins else logging.INFO,
-            "panic",
-            model=model,
-            state="too few endpoints are healthy; all are used" if begins else "over",
-        )
+    def note_crash(self, where: str, exc: Exception) -> None:
+        """An exception was caught at a boundary: a bug, to be counted and written down."""
+        self._chronicle.crash(where, exc)
 
-    def _note_store(self, is_alone: bool, why: str) -> None:
-        if is_alone:
-            self.log.event(
-                logging.WARNING,
-                "the store cannot be asked: local limits, each gateway its share, until it can",
-                error=why,
-            )
-        else:
-            self.log.event(logging.INFO, "the store can be asked again")
-
-    def _note_order(self, what: str, endpoint: Endpoint) -> None:
-        self.log.event(
-            logging.INFO,
-            what,
-            model=endpoint.model,
-            endpoint=endpoint.url,
-            in_flight=endpoint.in_flight,
-        )
-
-    def _note_arrival(self, endpoint: Endpoint, has_come: bool) -> None:
-        self.log.event(
-            logging.INFO,
-            "endpoint",
-            model=endpoint.model,
-            endpoint=endpoint.url,
-            known="from now on" if has_come else "no longer: its name has lost the address",
-        )
-
-    def _note_name_trouble(self, host: str, error: OSError | None) -> None:
-        if error is None:
-            self.log.event(logging.INFO, "the name can be looked up again", host=host)
-            return
-        self.log.event(
-            logging.WARNING,
-            "the name cannot be looked up; its last addresses stay in use",
-            host=host,
-            error=str(error),
-        )
+    # What it is made of.
 
     def _make_membership(
         self, config: GatewayConfigSchema, workers: int, store: Store | None
@@ -760,7 +651,7 @@ class UnifiedAPIGatewayService:
         if store is None:
             return None
         return Membership(
-            store, config.store.lease, config.store.timeout, workers, self._note_store
+            store, config.store.lease, config.store.timeout, workers, self._chronicle.store
         )
 
     def _make_pool(self, connect: Connect | None) -> ConnectionPool:
@@ -772,118 +663,14 @@ class UnifiedAPIGatewayService:
     def _make_dialer(self, config: GatewayConfigSchema) -> Dialer:
         """TLS settings are read now, so that a bad file does not wait for the first request."""
         dialer = make_connect(resolver=self.resolver)
-        for tls in _tls_settings(config):
+        for tls in tls_settings(config):
             dialer.context_for(tls)
-        self._warn_of_trust(config)
+        self._chronicle.trust(config)
         return dialer
 
-    def _warn_of_trust(self, config: GatewayConfigSchema) -> None:
-        for model in config.models.values():
-            for endpoint in model.all_endpoints():
-                if endpoint.tls is not None and endpoint.tls.insecure_skip_verify:
-                    self.log.event(
-                        logging.WARNING,
-                        "certificates are not verified (insecure_skip_verify)",
-                        endpoint=endpoint.url,
-                    )
-
-    def note_crash(self, where: str, exc: Exception) -> None:
-        """An exception was caught at a boundary: a bug, to be counted and written down."""
-        self.metrics.crashed(where)
-        trace = "".join(traceback.format_exception(exc))
-        self.log.event(logging.ERROR, "crash", where=where, exception=redact(trace))
-
-    def _note_background_crash(self, name: str, exc: Exception) -> None:
-        self.log.event(logging.ERROR, "background task crashed", task=name)
-        self.note_crash("background", exc)
-
-    def _announce(self, address: Address) -> None:
-        self.log.event(
-            logging.INFO, "listening", address=str(address), python=sys.version.split()[0]
-        )
-        if self.config.workers > 1 and isinstance(self.host, Alone):
-            self.log.event(
-                logging.WARNING,
-                f"service.workers is {self.config.workers}, and one process serves: only "
-                "`citadel-gateway serve` starts workers",
-            )
-        if not self.config.security.api_keys and not _is_loopback(address.host):
-            self.log.event(
-                logging.WARNING,
-                "no API key is configured: everybody who can connect may use the models",
-            )
-
-    def _upstreams(self) -> list[Upstream]:
-        """All that may have requests."""
-        return [*self.balancer.upstreams, *self.balancer.leaving]
-
-    def _levels(self) -> Levels:
-        waitroom, queues = self.admission.waitroom, (*self.balancer.models, AUTO)
-        return Levels(
-            endpoints=tuple(u.endpoint for u in self._upstreams()),
-            panics={name: m.quorum.is_panicking for name, m in self.balancer.models.items()},
-            queue_depths={
-                (queue, name): waitroom.depth(queue, rank)
-                for queue in queues
-                for rank, name in enumerate(NAMES)
-            },
-            queue_waits={queue: waitroom.wait(queue, NEWCOMER) for queue in queues},
-            in_flight=waitroom.taken,
-            connections=sum(s.open_connections for s in self._servers),
-            tasks=_count_tasks(),
-            upstream_connections=self.pool.open_count,
-            overload=tuple(
-                OverloadLevel(resource, self.overload.level_of(resource), use.used, use.limit)
-                for resource, use in self.overload.uses.items()
-            ),
-            buffered=(self.overload.buffers.used, self.overload.buffers.limit),
-            draining=self.draining.is_set(),
-            log_lines_dropped=self.log.dropped,
-            generation=self.generation.number,
-            generations=len(self._generations),
-            configured_at=self.generation.since,
-            is_refusing=self.reloader is not None and self.reloader.refusal is not None,
-            store=None
-            if self.membership is None
-            else StoreLevels(
-                is_up=not self.membership.is_alone,
-                members=self.membership.members,
-                misses=self.membership.misses,
-            ),
-            now=self._now(),
-        )
-
-
-@attrs.frozen
-class _Tls:
-    """What the TLS files of a configuration hold: for endpoints, and for the listener."""
-
-    upstream: dict[TlsConfig | None, ssl.SSLContext]
-    listener: ssl.SSLContext | None
-
-
-def _read_tls(config: GatewayConfigSchema) -> _Tls:
-    """Raises ``ConfigError``."""
-    service = config.service
-    address = Address(service.host, service.port, service.tls_certfile, service.tls_keyfile)
-    try:
-        listener = make_tls(address, service)
-    except OSError as exc:
-        raise ConfigError("TLS", [f"service.tls_certfile: {exc}"]) from exc
-    try:
-        return _Tls(make_tls_contexts(_tls_settings(config)), listener)
-    except OSError as exc:
-        raise ConfigError("TLS", [f"tls of an endpoint: {exc}"]) from exc
-
-
-def _tls_settings(config: GatewayConfigSchema) -> list[TlsConfig | None]:
-    """Those of the endpoints that are spoken to over TLS."""
-    return [
-        endpoint.tls
-        for model in config.models.values()
-        for endpoint in model.all_endpoints()
-        if endpoint.url.startswith("https:")
-    ]
+    def levels(self) -> Levels:
+        """What is the case right now."""
+        return measure(self, self._now())
 
 
 def _seen_by_quart(config: GatewayConfigSchema) -> tuple[object, ...]:
@@ -903,13 +690,3 @@ def _level(config: GatewayConfigSchema) -> int:
 
 def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in {"localhost", "::1"}
-
-
-def _count_tasks() -> int:
-    if not trio.lowlevel.in_trio_run():
-        return 0
-    return trio.lowlevel.current_statistics().tasks_living

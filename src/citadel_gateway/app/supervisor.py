@@ -24,7 +24,9 @@ import attrs
 import trio
 
 from citadel_gateway.app.host_metrics import HostMetrics
+from citadel_gateway.app.listeners import say_unused
 from citadel_gateway.app.reload import Reloader
+from citadel_gateway.app.reload_news import ReloadNews
 from citadel_gateway.app.workers import State, Worker
 from citadel_gateway.config.loader import ConfigError
 from citadel_gateway.config.restart import keep_what_is_fixed
@@ -103,7 +105,13 @@ class Supervisor:
             self.file,
             adopt=self._adopt,
             watches=lambda: self.config.service.reload_on_change,
-            observer=self,
+            observer=ReloadNews(
+                log=self.log,
+                metrics=self.metrics,
+                notifier=lambda: self.notifier,
+                on_crash=self._note_crash,
+                on_end=self._note_reload,
+            ),
         )
         self._orders = Orders(
             number=0,
@@ -172,13 +180,7 @@ class Supervisor:
             if name == API:
                 self._orders = attrs.evolve(self._orders, sockets_stay=sock is not None)
             self._sockets[name] = sock or open_listener(address)
-        for unused in passed.close_rest():
-            self.log.event(
-                logging.WARNING,
-                "a socket was passed on that is nobody's: name it api or monitoring, or give it "
-                "an address of the configuration",
-                socket=unused,
-            )
+        say_unused(self.log, passed.close_rest())
 
     async def _start_all(self) -> None:
         """The first one alone: if it cannot start, that is said once."""
@@ -428,25 +430,13 @@ class Supervisor:
             return [f"worker {worker.number} does not answer"]
         return problems
 
-    def reload_began(self, why: str) -> None:
-        self.notifier.reloading()
-        self.log.event(logging.INFO, "reading the configuration again", why=why)
-
-    def reload_refused(self, problems: list[str]) -> None:
-        self.metrics.reloaded("refused")
-        for problem in problems:
-            self.log.event(logging.ERROR, "the configuration is not taken", problem=redact(problem))
-
-    def reload_crashed(self, exc: Exception) -> None:
-        self.metrics.reloaded("crashed")
-        self.log.event(logging.ERROR, "crash", where="reload", exception=redact(repr(exc)))
-
-    def reload_ended(self, *, taken: bool) -> None:
-        if taken:
-            self.metrics.reloaded("taken")
+    def _note_reload(self) -> None:
         self.metrics.note_refusal(self._reloader.refusal is not None)
         self._spread_news()
         self._say_ready()
+
+    def _note_crash(self, where: str, exc: Exception) -> None:
+        self.log.event(logging.ERROR, "crash", where=where, exception=redact(repr(exc)))
 
     # What is said.
 

@@ -9,7 +9,8 @@ import attrs
 import httpx
 import trio
 
-from citadel_gateway.app.load_balancer import LoadBalancer, Upstream
+from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.upstreams import Upstream
 from citadel_gateway.io.health_monitoring import HealthChecker, Sharing, check_all
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.policy.endpoint import Endpoint
@@ -60,7 +61,7 @@ class Watch:
             checkers = [self._add(upstream) for upstream in self.balancer.upstreams]
             new = [c for c in checkers if c.endpoint not in previous._checkers]
             for checker in new:
-                checker.endpoint.health = self.balancer.unknown_health()
+                checker.endpoint.health = self.balancer.maker.unknown_health()
                 checker.endpoint.is_newcomer = True
             await check_all(new, within)
 
