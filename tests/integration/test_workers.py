@@ -21,7 +21,15 @@ from tests.restarts.load import CHAT
 from tests.restarts.program import Scene, end, port_of, scene
 from tests.support.ledger import Metrics, parse_metrics, total
 from tests.support.raw_client import NoResponseError, RawClient, RawResponse, http_request
-from tests.support.scripted_engine import MODEL, LedgerEntry, Script, sleep, stream_chat, whole_chat
+from tests.support.scripted_engine import (
+    MODEL,
+    LedgerEntry,
+    Script,
+    answered,
+    sleep,
+    stream_chat,
+    whole_chat,
+)
 from tests.support.several import Load
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -215,7 +223,8 @@ async def test_rates_and_caps_are_those_of_all_workers_together(tmp_path: Path) 
         def watched(entry: LedgerEntry) -> Script:
             nonlocal peak
             peak = max(peak, workers.working)
-            return Script([sleep(0.01), *whole_chat("ok").steps])
+            # Its work is done before its answer can be read, and the next request be sent.
+            return Script([sleep(0.01), answered(), *whole_chat("ok").steps])
 
         for engine in workers.here.engines:
             engine.default = watched
