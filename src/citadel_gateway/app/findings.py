@@ -27,6 +27,7 @@ from citadel_gateway.policy.endpoint import Endpoint
 
 _HOLDS = 1.0  # seconds that somebody may keep the task of trying an endpoint, and not do it
 _PASSES = 2.0  # seconds that he then leaves it to others, on average
+_KINDS = ("health ", "doubt ", "cool ", "breaker ")  # of posts
 
 
 @attrs.define(eq=False)
@@ -51,7 +52,7 @@ class Findings:
 
     def __attrs_post_init__(self) -> None:
         self.membership.claims = self._claims
-        self.membership.on_posts = self._heard
+        self.membership.readers.append(self._heard)
         self.membership.on_news = self._note_news
 
     # For the checkers.
@@ -153,7 +154,7 @@ class Findings:
         breaker.may_try = may_try
 
     def _heard(self, posts: Mapping[str, str]) -> None:
-        self._unread |= posts
+        self._unread |= {post: said for post, said in posts.items() if post.startswith(_KINDS)}
         self._read()
 
     def _read(self) -> None:

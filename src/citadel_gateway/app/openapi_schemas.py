@@ -349,6 +349,7 @@ GATEWAY: dict[str, Schema] = {
             ),
             "limits": one("object", "The gateway's limits, and how far they are used."),
             "workers": many(one("object"), "Of several, each process, and how it fares."),
+            "hosts": many(one("object"), "With a store: those that share it, this one first."),
         },
         required=("gateway", "status", "timestamp", "models"),
     ),

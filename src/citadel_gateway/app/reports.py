@@ -24,13 +24,13 @@ class Reports:
     """Reads the live state; changes nothing.  ``now`` is in Trio's time.
 
     :param started: seconds since 1970, for ``created``, which clients expect to be there.
-    :param configuration: which configuration is in use, and since when.
+    :param about: which configuration is in use, and since when; which hosts share its store.
     """
 
     balancer: LoadBalancer
     waitroom: Waitroom
     started: int
-    configuration: Callable[[], Json] = dict
+    about: Callable[[], Json] = dict
 
     def health(self, now: float) -> Json:
         """The report of ``/health``."""
@@ -81,7 +81,7 @@ class Reports:
                 for model in self.balancer.models.values()
                 if key is None or key.may_use(model.id)
             },
-            "configuration": self.configuration(),
+            **self.about(),
             "waiting_for_any_model": self.waitroom.depth(AUTO),
             "limits": {
                 "in_flight": self.waitroom.taken,

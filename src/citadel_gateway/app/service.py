@@ -30,6 +30,7 @@ from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.measure import all_upstreams, measure
 from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.overload import Overload, Sensors
+from citadel_gateway.app.presence import Presence
 from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reload import Reloader
 from citadel_gateway.app.reload_news import ReloadNews
@@ -155,6 +156,7 @@ class UnifiedAPIGatewayService:
         self.membership = self._make_membership(config, workers, store)
         self.findings: Findings | None = None
         self.caps: Caps | None = None
+        self.presence: Presence | None = None
         if self.membership is not None:
             self.findings = Findings(
                 self.membership,
@@ -162,6 +164,7 @@ class UnifiedAPIGatewayService:
                 on_transition=self._tell_of,
                 on_room=self.admission.pump,
             )
+            self.presence = Presence(self.membership, workers)
             self.caps = Caps(
                 self.membership,
                 self.admission,
@@ -243,9 +246,7 @@ class UnifiedAPIGatewayService:
                 on_crash=self.note_crash,
                 is_cutting=lambda: self._cutting,
             ),
-            reports=Reports(
-                balancer, self.admission.waitroom, int(self._started), self._configuration
-            ),
+            reports=Reports(balancer, self.admission.waitroom, int(self._started), self._about),
             cors=Cors(config.security.cors),
             unlogged=PROBED | {monitoring.health_check_endpoint, monitoring.metrics_endpoint},
         )
@@ -545,8 +546,12 @@ class UnifiedAPIGatewayService:
         generation.dissolve(self.generations)
         self.resolver.forget_others({h for g in self.generations for h in g.balancer.hosts})
 
+    def _about(self) -> dict[str, Any]:
+        """What ``/models/status`` says of the gateway itself."""
+        about = {"configuration": self._configuration()}
+        return about if self.presence is None else {**about, "hosts": self.presence.report()}
+
     def _configuration(self) -> dict[str, Any]:
-        """What ``/models/status`` says of the configuration."""
         generation = self.generation
         refusal = self.reloader.refusal if self.reloader is not None else None
         return {
@@ -571,9 +576,10 @@ class UnifiedAPIGatewayService:
         }
         if self.reloader is not None:
             tasks["reload"] = self.reloader.run
-        if self.membership is not None and self.caps is not None:
+        if self.membership is not None and self.caps is not None and self.presence is not None:
             tasks["store"] = self.membership.run
             tasks["caps"] = self.caps.run
+            tasks["presence"] = self.presence.run
         return tasks
 
     async def _run_upkeep(self) -> None:

@@ -74,6 +74,7 @@ def status_table(report: dict[str, Any]) -> Table:
             f"{limits['in_flight']} of {limits['max_concurrent_requests']} requests in flight, "
             f"{report['waiting_for_any_model']} waiting for any model"
             f"{_workers(report.get('workers') or [])}"
+            f"{_hosts(report.get('hosts') or [])}"
             f"{_configuration(report.get('configuration') or {})}"
         ),
     )
@@ -104,6 +105,13 @@ def _workers(found: list[dict[str, Any]]) -> str:
     if replaced := sum(deaths.values()):
         text += f"; replaced: {replaced}"
     return text
+
+
+def _hosts(found: list[dict[str, Any]]) -> str:
+    """Who shares the store, if it is more than this host."""
+    if len(found) < 2:
+        return ""
+    return f"\n{len(found)} hosts: {escape(', '.join(each['host'] for each in found))}"
 
 
 def _configuration(found: dict[str, Any]) -> str:

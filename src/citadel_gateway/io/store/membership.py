@@ -31,6 +31,7 @@ class Membership:
     :param lease: seconds that its word is good for.
     :param patience: a meeting that takes longer does not count.
     :param members: how many there are, as far as is known.
+    :param readers: each is given what the others have left, by name.
     :param on_change: told when it is alone (true) or among others again, and why.
     """
 
@@ -44,7 +45,7 @@ class Membership:
     misses: int = attrs.field(default=0, init=False)  # requests that the store did not decide
     won: frozenset[str] = attrs.field(default=frozenset(), init=False)  # tasks it does for all
     claims: Callable[[], Iterable[str]] = attrs.field(default=tuple, init=False)
-    on_posts: Callable[[Mapping[str, str]], None] = attrs.field(default=lambda _: None, init=False)
+    readers: list[Callable[[Mapping[str, str]], None]] = attrs.field(factory=list, init=False)
     on_news: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     _known: bool = attrs.field(default=False, init=False)  # whether it is alone was told
     _row: int = attrs.field(default=0, init=False)  # misses in a row
@@ -169,7 +170,8 @@ class Membership:
                 self._posted.pop(name, None)  # theirs is newer
                 heard[name] = said
         if heard:
-            self.on_posts(heard)
+            for read in self.readers:
+                read(heard)
         self.on_news()
 
     def _missed(self, why: str) -> None:
