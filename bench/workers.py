@@ -1,8 +1,8 @@
 """What a request costs with one worker and with several: ``python -m bench.workers``.
 
 CPU of the gateway's whole process tree, the supervisor included: over the answers, with 16 kept
-connections that each send their next request when they have the answer; and over the chunks of 200
-streams.  The turns alternate, so that a machine that gets busier is busier for all; medians.
+connections that each send their next request when they have the answer, or with ``--each 16`` as
+many for each worker; and over the chunks of 200 streams.  The turns alternate, so that a machine that gets busier is busier for all; medians.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _scrape(port: int) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def take_turn(workers: int, seconds: float) -> Turn:
+def take_turn(workers: int, seconds: float, connections: int) -> Turn:
     port, metrics, engine = free_ports(3)
     with tempfile.TemporaryDirectory() as folder:
         place = Place(folder=Path(folder), port=port, metrics_port=metrics, engine=engine)
@@ -74,8 +74,9 @@ def take_turn(workers: int, seconds: float) -> Turn:
             _wait_for(port, workers)
             wait_until_quiet(process.pid)
             idle = resident_mb(process.pid)
-            _drive(port, process.pid, "whole", "--seconds", "1")
-            whole = _drive(port, process.pid, "whole", "--seconds", str(seconds))
+            busy = ("whole", "--connections", str(connections), "--seconds")
+            _drive(port, process.pid, *busy, "1")
+            whole = _drive(port, process.pid, *busy, str(seconds))
             streams = _drive(
                 port, process.pid, "streams", "--connections", "200", "--chunks", "140"
             )
@@ -95,11 +96,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
+    parser.add_argument("--each", type=int, help="connections for each worker; else 16 in all")
     asked = parser.parse_args()
     turns: dict[int, list[Turn]] = {count: [] for count in asked.workers}
     for _ in range(asked.rounds):
         for count in asked.workers:
-            turns[count].append(take_turn(count, asked.seconds))
+            turns[count].append(take_turn(count, asked.seconds, (asked.each or 0) * count or 16))
     print("| Workers | CPU, us/request | CPU, us/chunk | Idle, MB | Scrape, ms | Failed |")
     print("|---|---|---|---|---|---|")
     for count, found in turns.items():
