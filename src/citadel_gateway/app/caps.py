@@ -2,8 +2,9 @@
 
 A request that finds room within the share costs nothing.  One that does not waits in the queue like
 any other while the store is asked; and while others wait for what this gateway has, it reports
-whenever a request ends.  Without the store each gateway goes by its even part of every cap, once
-all can have noticed; until then by what it has.
+whenever a request ends.  The more gateways there are, the more seldom each of them reports, so that
+a store has no more to do for a hundred that wait than for ten.  Without the store each gateway goes
+by its even part of every cap, once all can have noticed; until then by what it has.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ ALL = "all"
 _MOST = 50  # caps in one report: a millisecond's work
 _SOONEST = 0.002  # seconds between two reports, however urgent
 _WAITING = 0.02  # while somebody waits for what others have
+_MOST_URGENT = 2500.0  # reports a second of all gateways together, however urgent
+_MOST_WAITING = 500.0  # while somebody waits at each of them
 
 
 @attrs.define(eq=False)
@@ -32,13 +35,14 @@ class _Share:
     """Of one cap.
 
     :param endpoint: whose cap it is; ``None`` for the one over all.
-    :param held: what the store holds for us; ``None`` before the first report.
+    :param limit: what we go by; ``None`` before the first report.
+    :param is_owed: the store holds more for us, which others could have.
     """
 
     cap: int
     endpoint: Endpoint | None
-    held: int | None = None
-    limit: int = 0
+    limit: int | None = None
+    is_owed: bool = False
     is_contended: bool = False
     wants: int = 0
     reported_at: float = -float("inf")
@@ -78,9 +82,13 @@ class Caps:
         while True:
             await self.report()
             self.begun.set()
-            await trio.sleep(_SOONEST)
-            waits = self._is_contended or any(share.wants for share in self._shares.values())
-            with trio.move_on_after(_WAITING if waits else self.membership.store.every):
+            members, shares = self.membership.members, self._shares.values()
+            await trio.sleep(max(_SOONEST, members / _MOST_URGENT))
+            if any(share.is_owed for share in shares):
+                continue
+            waits = self._is_contended or any(share.wants for share in shares)
+            pause = max(_WAITING, members / _MOST_WAITING) if waits else self.membership.store.every
+            with trio.move_on_after(pause):
                 await self._hurry.wait()
             self._hurry = trio.Event()
 
@@ -145,7 +153,7 @@ class Caps:
     async def _report_some(self, names: list[str]) -> None:
         began, member = trio.current_time(), self.membership
         needs = {
-            name: Need(share.cap, share.held, self._used(share), share.wants)
+            name: Need(share.cap, share.limit, self._used(share), share.wants)
             for name in names
             for share in [self._shares[name]]
         }
@@ -157,8 +165,9 @@ class Caps:
         else:
             for name, grant in grants.items():
                 share = self._shares[name]
-                share.held, share.limit = grant.held, grant.limit
-                share.is_contended = grant.is_contended
+                share.limit, share.is_contended = grant.limit, grant.is_contended
+                is_too_much = grant.held > max(grant.limit, needs[name].used)
+                share.is_owed = is_too_much and grant.is_contended
                 share.reported_at, share.good_until = began, began + member.lease
         has_more = [name for name in names if self._apply(self._shares[name])]
         if has_more:
@@ -166,17 +175,17 @@ class Caps:
 
     def _go_alone(self, share: _Share, now: float) -> None:
         """Go by the even part, unless what the store said is still good."""
-        share.is_contended = False
+        share.is_contended = share.is_owed = False
         if now >= share.good_until:
             share.limit = max(1, share.cap // self.membership.members)
-            share.held = max(share.limit, self._used(share))
 
     def _apply(self, share: _Share) -> bool:
         """True if more may be used than before."""
+        limit = share.limit or 0
         if share.endpoint is None:
             waitroom = self.admission.waitroom
-            before, waitroom.seats = waitroom.seats, share.limit
+            before, waitroom.seats = waitroom.seats, limit
             return waitroom.seats > before
         before = share.endpoint.limit
-        share.endpoint.set_share(share.limit)
+        share.endpoint.set_share(limit)
         return share.endpoint.limit > before

@@ -2,8 +2,8 @@
 -- citadel_gateway/policy/shares.py.
 --
 -- KEYS: caps.  ARGV: the time, empty for the server's own; the member; seconds that the report is
--- good for, 0 if the member leaves; seconds of grace; then for each cap its size, what was held
--- for the member or -1, what it uses, and what it wants.
+-- good for, 0 if the member leaves; seconds of grace; then for each cap its size, what the member
+-- goes by or -1, what it uses, and what it wants.
 -- Returns the time; then for each cap the limit, what is held, and 1 if others wait for more.
 local now = tonumber(ARGV[1])
 if not now then
@@ -55,12 +55,12 @@ for i, key in ipairs(KEYS) do
   end
   if lease > 0 then
     local at = 5 + 4 * (i - 1)
-    local size, held = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+    local size, goes_by = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
     local used, wants = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
     local mine = shares[me]
     if not mine then
-      mine = {held = math.max(held, 0), since = now}
-      if held >= 0 then cap.lost_at = now end
+      mine = {held = math.max(goes_by, 0), since = now}
+      if goes_by >= 0 then cap.lost_at = now end
     end
     local had = mine.held
     mine.need, mine['until'] = used + wants, now + lease
@@ -75,7 +75,7 @@ for i, key in ipairs(KEYS) do
     end
     local limit = math.max(0, math.min(due(shares, size), free))
     if now < cap.lost_at + grace then limit = math.min(limit, had) end
-    mine.held = math.max(used, limit)
+    mine.held = math.max(used, limit, math.min(goes_by, had))
     if mine.held ~= had then mine.since = now end
     reply[#reply + 1] = limit
     reply[#reply + 1] = mine.held
