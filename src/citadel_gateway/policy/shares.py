@@ -20,8 +20,6 @@ brings nothing, and so begins no such time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-
 import attrs
 
 GRACE = 1.0  # seconds in which everybody reports
@@ -109,21 +107,20 @@ class Cap:
 
     def _due(self, member: str, cap: int) -> int:
         """What *member* would have if nobody used anything yet."""
+        mine, needs = self.shares[member], sorted(share.need for share in self.shares.values())
+        left, count, even = cap - sum(needs), len(needs), 0
+        if left >= 0:
+            return mine.need + left // (_SPARED * count)
         left = cap
-        order = sorted(self.shares.items(), key=lambda item: (item[1].need, item[0]))
-        for place, (who, share) in enumerate(order):
-            even = left // (len(order) - place)
-            if share.need > even:
-                return self._due_of_rest(member, dict(order[place:]), left)
-            if who == member:
-                mine = share.need
-            left -= share.need
-        return mine + left // (_SPARED * len(order))
-
-    def _due_of_rest(self, member: str, rest: Mapping[str, Share], left: int) -> int:
-        """The same where *rest* need more than there is *left*; the others need little."""
-        if member not in rest:
-            return self.shares[member].need
-        even, odd = divmod(left, len(rest))
-        first = sorted(rest, key=lambda who: (rest[who].held, rest[who].since, who))
-        return even + (member in first[:odd])
+        for need in needs:
+            even = left // count
+            if need > even:
+                break  # at the latest for who needs most, as there is too little for all
+            left, count = left - need, count - 1
+        if mine.need <= even:
+            return mine.need
+        before = sum(
+            share.need > even and (share.held, share.since, who) < (mine.held, mine.since, member)
+            for who, share in self.shares.items()
+        )
+        return even + (before < left - even * count)

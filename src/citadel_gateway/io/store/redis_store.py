@@ -117,7 +117,8 @@ class RedisStore:
         said = attrs.asdict(statement)
         said["posts"] = list(statement.posts.items())
         arguments = (orjson.dumps(said), MOST_POSTS)
-        told = orjson.loads((await self._run("board", [self._key("board")], arguments))[0])
+        keys = [self._key(name) for name in ("board", "posts", "versions")]
+        told = orjson.loads((await self._run("board", keys, arguments))[0])
         return News(
             version=told["version"],
             members=told["members"],

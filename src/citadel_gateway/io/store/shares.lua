@@ -12,37 +12,33 @@ if not now then
 end
 local me, lease, grace = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
-local function sorted(shares, names, first, second)
-  table.sort(names, function(a, b)
-    local one, other = shares[a], shares[b]
-    if one[first] ~= other[first] then return one[first] < other[first] end
-    if second and one[second] ~= other[second] then return one[second] < other[second] end
-    return a < b
-  end)
-end
-
 local function due(shares, size)
-  local order, left, mine = {}, size, nil
-  for member in pairs(shares) do order[#order + 1] = member end
-  sorted(shares, order, 'need')
-  for place, member in ipairs(order) do
-    local count = #order - place + 1
-    local even = math.floor(left / count)
-    if shares[member].need > even then
-      if mine then return mine end
-      local rest = {}
-      for i = place, #order do rest[#rest + 1] = order[i] end
-      sorted(shares, rest, 'held', 'since')
-      local odd = left - even * count
-      for i = 1, odd do
-        if rest[i] == me then return even + 1 end
-      end
-      return even
-    end
-    if member == me then mine = shares[member].need end
-    left = left - shares[member].need
+  local mine, needs, left = shares[me], {}, size
+  for _, share in pairs(shares) do
+    needs[#needs + 1] = share.need
+    left = left - share.need
   end
-  return mine + math.floor(left / (2 * #order))
+  local count, even = #needs, 0
+  if left >= 0 then return mine.need + math.floor(left / (2 * count)) end
+  table.sort(needs)
+  left = size
+  for _, need in ipairs(needs) do
+    even = math.floor(left / count)
+    if need > even then break end
+    left, count = left - need, count - 1
+  end
+  if mine.need <= even then return mine.need end
+  local before = 0
+  for member, share in pairs(shares) do
+    if share.need > even then
+      local comes = share.held < mine.held
+      if share.held == mine.held then
+        comes = share.since < mine.since or share.since == mine.since and member < me
+      end
+      if comes then before = before + 1 end
+    end
+  end
+  return even + (before < left - even * count and 1 or 0)
 end
 
 local reply = {string.format('%.17g', now)}
