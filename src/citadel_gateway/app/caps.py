@@ -23,7 +23,8 @@ from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.shares import Need
 
 ALL = "all"
-_MOST = 50  # caps in one report: a millisecond's work
+_MOST = 50  # caps in one report: a millisecond's work, with few gateways
+_MOST_SHARES = 1000  # of all gateways, that one report has a store look at
 _SOONEST = 0.002  # seconds between two reports, however urgent
 _WAITING = 0.02  # while somebody waits for what others have
 _MOST_URGENT = 2500.0  # reports a second of all gateways together, however urgent
@@ -101,8 +102,9 @@ class Caps:
             for name, share in self._shares.items()
             if share.wants or share.is_contended or now - share.reported_at >= self._every()
         ]
-        for start in range(0, len(due), _MOST):
-            await self._report_some(due[start : start + _MOST])
+        most = max(1, min(_MOST, _MOST_SHARES // self.membership.members))
+        for start in range(0, len(due), most):
+            await self._report_some(due[start : start + most])
         self._is_contended = any(share.is_contended for share in self._shares.values())
 
     async def leave(self) -> None:
