@@ -20,6 +20,7 @@ brings nothing, and so begins no such time.
 from __future__ import annotations
 
 import math
+
 import attrs
 
 GRACE = 1.0  # seconds in which everybody reports
