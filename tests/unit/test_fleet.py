@@ -43,7 +43,7 @@ async def test_many_who_wait_do_not_ask_more_than_a_few(autojump_clock: MockCloc
 async def test_without_a_store_all_together_keep_a_limit_smaller_than_they_are_many(
     autojump_clock: MockClock,
 ) -> None:
-    found = await scenarios.away(12, rate=4.0, burst=4)
+    found = await scenarios.away(12, rate=4.0, burst=4, offered=6.0)
 
     assert found["alone"] == 12
     assert found["meanwhile"]["admitted"] <= found["meanwhile"]["exact"] + 4
