@@ -34,6 +34,15 @@ async def test_a_cap_holds_while_gateways_come_go_and_die(autojump_clock: MockCl
     assert found["excess"] < 1
 
 
+async def test_what_one_gives_back_others_have_at_once_where_there_is_little(
+    autojump_clock: MockClock,
+) -> None:
+    found = await scenarios.caps(5, 50, demand=0.75, seconds=30)
+
+    assert found["most"] <= 50
+    assert found["wait_p99_ms"] < 100  # by chance alone, somebody reports every second
+
+
 async def test_many_who_wait_do_not_ask_more_than_a_few(autojump_clock: MockClock) -> None:
     found = await scenarios.caps(30, 30, demand=1.5, seconds=9)
 
