@@ -2,9 +2,10 @@
 
 A request that finds room within the share costs nothing.  One that does not waits in the queue like
 any other while the store is asked; and while others wait for what this gateway has, or there is
-little to spare for whoever will, it reports whenever a request ends.  The more gateways there are, the more seldom each of them reports, so that
-a store has no more to do for a hundred that wait than for ten.  Without the store each gateway goes
-by its even part of every cap, once all can have noticed; until then by what it has.
+little to spare for whoever will, it reports whenever a request ends.  The more gateways there are,
+the more seldom each of them reports, so that a store has no more to do for a hundred that wait than
+for ten.  Without the store each gateway goes by its even part of every cap, once all can have
+noticed; until then by what it has.
 """
 
 from __future__ import annotations
