@@ -17,9 +17,11 @@ import pytest
 import trio
 import trustme
 
+from citadel_gateway.io.store import redis_store
 from citadel_gateway.io.store.base import Store, StoreUnavailable
 from citadel_gateway.io.store.lmdb_store import LmdbStore
 from citadel_gateway.io.store.redis_store import RedisAddress, RedisStore
+from citadel_gateway.policy import board
 from citadel_gateway.policy.board import Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket
 from citadel_gateway.policy.shares import GRACE, Grant, Need
@@ -263,6 +265,22 @@ async def test_posts_are_heard_once_and_the_last_one_counts(make: Opening) -> No
         heard = await store.meet(says("other", seen=news.version))
         assert heard.posts == {"health b": "gone"}
         assert not heard.was_emptied
+
+
+async def test_of_too_many_posts_the_oldest_are_forgotten(
+    make: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "MOST_POSTS", 3)
+    monkeypatch.setattr(redis_store, "MOST_POSTS", 3)
+    async with make(Clock()) as store:
+        for number in range(5):
+            await store.meet(says("one", posts={f"health {number}": "well"}))
+        await store.meet(says("one", posts={"health 2": "ill"}))
+        await store.meet(says("one", posts={"health 5": "well"}))
+
+        news = await store.meet(says("other"))
+
+        assert news.posts == {"health 4": "well", "health 2": "ill", "health 5": "well"}
 
 
 async def test_members_notice_that_the_board_was_emptied(make: Opening) -> None:

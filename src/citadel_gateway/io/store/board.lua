@@ -52,7 +52,7 @@ end
 local new = {}
 if board.version > seen then
   for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. seen, '+inf')) do
-    new[name] = redis.call('HGET', KEYS[2], name)
+    new[name] = redis.call('HGET', KEYS[2], name) or nil
   end
 end
 local members = 0
