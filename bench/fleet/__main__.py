@@ -66,7 +66,9 @@ def simulation() -> dict[str, list[dict[str, Any]]]:
 
 
 def real_stores() -> dict[str, Any]:
-    found: dict[str, Any] = {"lmdb": [walls.lmdb(n) for n in (1, 2, 4, 8)]}
+    found: dict[str, Any] = {
+        "lmdb": [walls.least(partial(walls.lmdb, n), "us_per_take") for n in (1, 2, 4, 8)]
+    }
     if shutil.which("redis-server"):
         found["redis"] = walls.redis(free_ports(1)[0])
     return found

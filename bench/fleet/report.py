@@ -193,7 +193,8 @@ def _stores(stores: Figures) -> list[str]:
         "",
         f"{stores['date']}, {about['cores']} cores of {about['cpu']}, Python {about['python']}. "
         "Clients and server share the cores, so that the rates are not what a server of its own "
-        "gives; CPU is. The wall is where the server's CPU fills one core.",
+        "gives; CPU is. Of three rounds the one that was disturbed least. The wall is where the "
+        "server's CPU fills one core.",
         "",
         "## LMDB, processes that all take as fast as they can",
         "",

@@ -31,6 +31,7 @@ from citadel_gateway.policy.shares import Need
 Figures = dict[str, Any]
 _LEASE = 1000.0  # seconds: all members that were there stay
 _SECONDS = 2.0
+_ROUNDS = 3
 
 
 def buckets(client: int) -> list[tuple[str, TokenBucket]]:
@@ -73,6 +74,11 @@ def _taker(url: str, tasks: int, place: int) -> int:
     return done
 
 
+def least(found: Callable[[], Figures], cpu: str) -> Figures:
+    """Of the round that others on this machine disturbed least."""
+    return min((found() for _ in range(_ROUNDS)), key=lambda figures: float(figures[cpu]))
+
+
 def redis_takes(url: str, pid: int, processes: int, tasks: int) -> Figures:
     """*processes* gateways, each of which has *tasks* requests at the store all the time."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -95,7 +101,7 @@ def _server_cost(pid: int, count: int, before: float) -> Figures:
     return {"server_us": round(1e6 * each, 1), "wall_per_s": round(1 / each)}
 
 
-async def _meetings(pid: int, members: int, endpoints: int, store: RedisStore) -> Figures:
+async def _meetings(pid: int, store: RedisStore, *, members: int, endpoints: int) -> Figures:
     """Of gateways that all know everything, as usual."""
     names = [f"m http://engine-{i}.example:8000" for i in range(endpoints)]
     claims = tuple(f"probe {name}" for name in names)
@@ -118,7 +124,7 @@ async def _meetings(pid: int, members: int, endpoints: int, store: RedisStore) -
     }
 
 
-async def _reports(pid: int, members: int, caps: int, store: RedisStore) -> Figures:
+async def _reports(pid: int, store: RedisStore, *, members: int, caps: int) -> Figures:
     """Of gateways that wait for more of *caps* in one report."""
     rng = random.Random(1)
     names = [f"m http://engine-{i}.example:8000" for i in range(caps)]
@@ -157,15 +163,15 @@ def redis(redis_port: int) -> Figures:
         url, server = start_redis(redis_port, stack)
         _wait_for(url)
         found["takes"] = [
-            redis_takes(url, server.pid, processes, tasks)
+            least(partial(redis_takes, url, server.pid, processes, tasks), "server_us_per_take")
             for processes, tasks in ((1, 1), (4, 1), (8, 1), (1, 16), (4, 16), (4, 64))
         ]
     found["meetings"] = [
-        fresh(lambda pid, store, n=n, e=e: _meetings(pid, n, e, store))  # type: ignore[misc]
+        least(partial(fresh, partial(_meetings, members=n, endpoints=e)), "server_us")
         for n, e in sizes
     ]
     found["reports"] = [
-        fresh(lambda pid, store, n=n, c=c: _reports(pid, n, c, store))  # type: ignore[misc]
+        least(partial(fresh, partial(_reports, members=n, caps=c)), "server_us")
         for n, c in ((1, 1), (10, 1), (100, 1), (10, 50), (100, 50))
     ]
     return found
