@@ -17,9 +17,11 @@ import pytest
 import trio
 import trustme
 
+from citadel_gateway.io.store import redis_store
 from citadel_gateway.io.store.base import Store, StoreUnavailable
 from citadel_gateway.io.store.lmdb_store import LmdbStore
 from citadel_gateway.io.store.redis_store import RedisAddress, RedisStore
+from citadel_gateway.policy import board
 from citadel_gateway.policy.board import Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket
 from citadel_gateway.policy.shares import GRACE, Grant, Need
@@ -265,6 +267,22 @@ async def test_posts_are_heard_once_and_the_last_one_counts(make: Opening) -> No
         assert not heard.was_emptied
 
 
+async def test_of_too_many_posts_the_oldest_are_forgotten(
+    make: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "MOST_POSTS", 3)
+    monkeypatch.setattr(redis_store, "MOST_POSTS", 3)
+    async with make(Clock()) as store:
+        for number in range(5):
+            await store.meet(says("one", posts={f"health {number}": "well"}))
+        await store.meet(says("one", posts={"health 2": "ill"}))
+        await store.meet(says("one", posts={"health 5": "well"}))
+
+        news = await store.meet(says("other"))
+
+        assert news.posts == {"health 4": "well", "health 2": "ill", "health 5": "well"}
+
+
 async def test_members_notice_that_the_board_was_emptied(make: Opening) -> None:
     clock = Clock()
     async with make(clock) as store:
@@ -287,6 +305,8 @@ async def test_what_is_held_together_is_never_more_than_the_cap(make: Opening) -
         assert one["all"] == Grant(limit=9, held=9, is_contended=False)
         assert other["all"] == Grant(limit=1, held=1, is_contended=False)
         told = await store.report("one", LEASE, {"all": Need(10, 9, 8, 0)})
+        assert told["all"] == Grant(limit=5, held=9, is_contended=True)
+        told = await store.report("one", LEASE, {"all": Need(10, 5, 8, 0)})  # it has heard that
         assert told["all"] == Grant(limit=5, held=8, is_contended=True)
 
 
@@ -328,8 +348,10 @@ async def test_after_a_loss_nobody_gets_more_until_all_have_said_what_they_have(
         assert (told["all"].limit, told["all"].held) == (3, 6)
 
         clock.now += GRACE
-        told = await store.report("other", LEASE, {"all": Need(10, 6, 2, 0)})
-        assert told["all"].limit == 2
+        told = await store.report("other", LEASE, {"all": Need(10, 3, 2, 0)})
+        assert told["all"] == Grant(limit=2, held=3, is_contended=True)
+        told = await store.report("other", LEASE, {"all": Need(10, 2, 2, 0)})
+        assert told["all"] == Grant(limit=2, held=2, is_contended=True)
         told = await store.report("new", LEASE, {"all": Need(10, 0, 0, 6)})
         assert told["all"].limit == 4
 
@@ -339,21 +361,21 @@ async def test_all_stores_share_out_the_same(make: Opening, seed: int) -> None:
     rng, clock, model = random.Random(seed), Clock(), Memory()
     reference = MemoryStore(model, clock)
     members = ("m1", "m2", "m3", "m4")
-    held: dict[str, dict[str, int | None]] = {m: dict.fromkeys("ab") for m in members}
+    limits: dict[str, dict[str, int | None]] = {m: dict.fromkeys("ab") for m in members}
     async with make(clock) as store:
         for _ in range(150):
             clock.now += rng.choice([0.0, 0.25, rng.random(), 2.0])
-            member = rng.choice(list(held))
+            member = rng.choice(list(limits))
             needs = {}
             for cap in rng.sample("ab", rng.randint(1, 2)):
-                had = held[member][cap]
+                had = limits[member][cap]
                 needs[cap] = Need(7, had, rng.randint(0, had or 0), rng.randint(0, 4))
 
             got = await store.report(member, LEASE, needs)
 
             assert got == await reference.report(member, LEASE, needs)
             for cap, grant in got.items():
-                held[member][cap] = grant.held
+                limits[member][cap] = grant.limit
 
 
 # How Redis is reached.

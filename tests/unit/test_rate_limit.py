@@ -15,6 +15,7 @@ from citadel_gateway.policy.rate_limit import (
     Refusal,
     TokenBucket,
     take,
+    take_share,
 )
 
 steady = settings(deadline=None, derandomize=True)
@@ -182,3 +183,20 @@ def test_buckets_that_filled_up_make_room_by_themselves() -> None:
     clients.of("late", 10.0)
 
     assert len(clients) == 1
+
+
+@pytest.mark.parametrize("among", [2, 10, 100])
+@pytest.mark.parametrize("burst", [1.0, 10.0, 1000.0])
+def test_those_who_cannot_ask_each_other_keep_the_rate_together(among: int, burst: float) -> None:
+    several = [TokenBucket(rate=10.0, burst=burst) for _ in range(among)]
+    for bucket in several:
+        bucket.tat = burst / 10.0  # as all of them have heard, everything is spent
+    seconds = 200
+
+    passed = sum(
+        isinstance(take_share([("global", bucket)], tick / 20, among), Allowance)
+        for tick in range(20 * seconds)
+        for bucket in several
+    )
+
+    assert 0.8 * 10 * seconds < passed <= 10 * seconds + among

@@ -8,33 +8,39 @@ from collections import deque
 import attrs
 import pytest
 
-from citadel_gateway.policy.shares import GRACE, Cap, Need
+from citadel_gateway.policy.shares import GRACE, Cap, Grant, Need
 
 LEASE = 3.0
 
 
 @attrs.define
 class Member:
-    """What a gateway does with its share: it begins what it may, and reports now and then."""
+    """What a gateway does with its share: it begins what it may, and reports now and then.
+
+    The answer may take its time; until it is there, the one before holds.
+    """
 
     name: str
-    limit: int = 0
-    held: int | None = None
+    limit: int | None = None
+    answer: Grant | None = None  # on its way
     waiting: deque[float] = attrs.field(factory=deque)  # since when
     running: list[float] = attrs.field(factory=list)  # until when
     waits: list[float] = attrs.field(factory=list)
 
     def go_on(self, now: float, service: float) -> None:
         self.running = [end for end in self.running if end > now]
-        while self.waiting and len(self.running) < self.limit:
+        while self.waiting and len(self.running) < (self.limit or 0):
             self.waits.append(now - self.waiting.popleft())
             self.running.append(now + service)
 
     def report(self, cap: Cap, size: int, now: float) -> bool:
-        need = Need(size, self.held, len(self.running), len(self.waiting))
-        grant = cap.report(self.name, need, LEASE, now)
-        self.limit, self.held = grant.limit, grant.held
-        return grant.is_contended
+        need = Need(size, self.limit, len(self.running), len(self.waiting))
+        self.answer = cap.report(self.name, need, LEASE, now)
+        return self.answer.is_contended
+
+    def hear(self) -> None:
+        if self.answer is not None:
+            self.limit, self.answer = self.answer.limit, None
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -50,9 +56,12 @@ def test_whatever_is_asked_for_the_cap_holds_and_everybody_is_served(seed: int) 
                 member.waiting.extend([now] * rng.randint(1, 4))
                 work -= 4
             member.go_on(now, service)
-            if rng.random() < 0.5:
+            if member.answer is not None:
+                if rng.random() < 0.7:
+                    member.hear()
+                    member.go_on(now, service)
+            elif rng.random() < 0.5:
                 member.report(cap, size, now)
-                member.go_on(now, service)
             assert sum(len(m.running) for m in members) <= size
         if tick > 2000 and not any(m.waiting or m.running for m in members):
             break
@@ -74,6 +83,7 @@ def test_with_one_slot_those_who_wait_take_turns() -> None:
             before = len(member.waits)
             member.go_on(now, 0.35)
             member.report(cap, 1, now)
+            member.hear()
             member.go_on(now, 0.35)
             if len(member.waits) > before:
                 order.append(member.name)
@@ -100,6 +110,17 @@ def test_who_needs_little_gets_it_all_and_the_rest_is_shared_evenly() -> None:
         {"little": 1, "much": 5, "more": 4},
         {"little": 1, "much": 4, "more": 5},
     )
+
+
+def test_what_somebody_may_begin_until_he_hears_is_nobody_elses() -> None:
+    cap = Cap()
+    cap.report("one", Need(10, None, 0, 10), LEASE, 0.0)
+    cap.report("one", Need(10, 10, 2, 0), LEASE, 0.0)
+    asked = cap.report("other", Need(10, None, 0, 8), LEASE, 0.0)
+
+    assert asked == Grant(limit=0, held=0, is_contended=False)
+    cap.report("one", Need(10, 6, 2, 0), LEASE, 0.0)  # he has heard by now
+    assert cap.report("other", Need(10, 0, 0, 8), LEASE, 0.0).limit == 4
 
 
 def test_in_quiet_times_there_is_some_to_spare_for_everybody_and_for_the_next() -> None:

@@ -1,9 +1,11 @@
 """The concurrency caps of several gateways together: each uses its share, and asks for more.
 
 A request that finds room within the share costs nothing.  One that does not waits in the queue like
-any other while the store is asked; and while others wait for what this gateway has, it reports
-whenever a request ends.  Without the store each gateway goes by its even part of every cap, once
-all can have noticed; until then by what it has.
+any other while the store is asked; and while others wait for what this gateway has, or there is
+little to spare for whoever will, it reports whenever a request ends.  The more gateways there are,
+the more seldom each of them reports, so that a store has no more to do for a hundred that wait than
+for ten.  Without the store each gateway goes by its even part of every cap, once all can have
+noticed; until then by what it has.
 """
 
 from __future__ import annotations
@@ -22,9 +24,13 @@ from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.shares import Need
 
 ALL = "all"
-_MOST = 50  # caps in one report: a millisecond's work
+_MOST = 50  # caps in one report: a millisecond's work, with few gateways
+_MOST_SHARES = 1000  # of all gateways, that one report has a store look at
 _SOONEST = 0.002  # seconds between two reports, however urgent
 _WAITING = 0.02  # while somebody waits for what others have
+_LITTLE = 8  # the part of what is needed up to which what there is to spare is little
+_MOST_URGENT = 2500.0  # reports a second of all gateways together, however urgent
+_MOST_WAITING = 500.0  # while somebody waits at each of them
 
 
 @attrs.define(eq=False)
@@ -32,14 +38,17 @@ class _Share:
     """Of one cap.
 
     :param endpoint: whose cap it is; ``None`` for the one over all.
-    :param held: what the store holds for us; ``None`` before the first report.
+    :param limit: what we go by; ``None`` before the first report.
+    :param is_owed: the store holds more for us, which others could have.
+    :param is_short: there was little to spare for us, and so for others.
     """
 
     cap: int
     endpoint: Endpoint | None
-    held: int | None = None
-    limit: int = 0
+    limit: int | None = None
+    is_owed: bool = False
     is_contended: bool = False
+    is_short: bool = False
     wants: int = 0
     reported_at: float = -float("inf")
     good_until: float = -float("inf")
@@ -63,6 +72,7 @@ class Caps:
     _shares: dict[str, _Share] = attrs.field(factory=dict, init=False)
     _hurry: trio.Event = attrs.field(factory=trio.Event, init=False)
     _is_contended: bool = attrs.field(default=False, init=False)
+    _is_short: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.admission.waitroom.seats = 0  # until the first report
@@ -78,9 +88,13 @@ class Caps:
         while True:
             await self.report()
             self.begun.set()
-            await trio.sleep(_SOONEST)
-            waits = self._is_contended or any(share.wants for share in self._shares.values())
-            with trio.move_on_after(_WAITING if waits else self.membership.store.every):
+            members, shares = self.membership.members, self._shares.values()
+            await trio.sleep(max(_SOONEST, members / _MOST_URGENT))
+            if any(share.is_owed for share in shares):
+                continue
+            waits = self._is_contended or any(share.wants for share in shares)
+            pause = max(_WAITING, members / _MOST_WAITING) if waits else self.membership.store.every
+            with trio.move_on_after(pause):
                 await self._hurry.wait()
             self._hurry = trio.Event()
 
@@ -91,11 +105,16 @@ class Caps:
         due = [
             name
             for name, share in self._shares.items()
-            if share.wants or share.is_contended or now - share.reported_at >= self._every()
+            if share.wants
+            or share.is_contended
+            or (share.is_short and (share.limit or 0) > self._used(share))
+            or now - share.reported_at >= self._every()
         ]
-        for start in range(0, len(due), _MOST):
-            await self._report_some(due[start : start + _MOST])
+        most = max(1, min(_MOST, _MOST_SHARES // self.membership.members))
+        for start in range(0, len(due), most):
+            await self._report_some(due[start : start + most])
         self._is_contended = any(share.is_contended for share in self._shares.values())
+        self._is_short = any(share.is_short for share in self._shares.values())
 
     async def leave(self) -> None:
         """Give back everything.  For a shielded, bounded scope."""
@@ -109,7 +128,7 @@ class Caps:
         return self.membership.lease / 4
 
     def _note_room(self) -> None:
-        if self._is_contended:
+        if self._is_contended or self._is_short:
             self._hurry.set()
 
     def _survey(self) -> None:
@@ -145,7 +164,7 @@ class Caps:
     async def _report_some(self, names: list[str]) -> None:
         began, member = trio.current_time(), self.membership
         needs = {
-            name: Need(share.cap, share.held, self._used(share), share.wants)
+            name: Need(share.cap, share.limit, self._used(share), share.wants)
             for name in names
             for share in [self._shares[name]]
         }
@@ -157,8 +176,11 @@ class Caps:
         else:
             for name, grant in grants.items():
                 share = self._shares[name]
-                share.held, share.limit = grant.held, grant.limit
-                share.is_contended = grant.is_contended
+                share.limit, share.is_contended = grant.limit, grant.is_contended
+                is_too_much = grant.held > max(grant.limit, needs[name].used)
+                share.is_owed = is_too_much and grant.is_contended
+                need = needs[name].used + needs[name].wants
+                share.is_short = grant.limit - need <= need // _LITTLE
                 share.reported_at, share.good_until = began, began + member.lease
         has_more = [name for name in names if self._apply(self._shares[name])]
         if has_more:
@@ -166,17 +188,17 @@ class Caps:
 
     def _go_alone(self, share: _Share, now: float) -> None:
         """Go by the even part, unless what the store said is still good."""
-        share.is_contended = False
+        share.is_contended = share.is_owed = share.is_short = False
         if now >= share.good_until:
             share.limit = max(1, share.cap // self.membership.members)
-            share.held = max(share.limit, self._used(share))
 
     def _apply(self, share: _Share) -> bool:
         """True if more may be used than before."""
+        limit = share.limit or 0
         if share.endpoint is None:
             waitroom = self.admission.waitroom
-            before, waitroom.seats = waitroom.seats, share.limit
+            before, waitroom.seats = waitroom.seats, limit
             return waitroom.seats > before
         before = share.endpoint.limit
-        share.endpoint.set_share(share.limit)
+        share.endpoint.set_share(limit)
         return share.endpoint.limit > before

@@ -122,14 +122,18 @@ def take(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance | 
 def take_share(
     buckets: Sequence[tuple[str, TokenBucket]], now: float, among: int
 ) -> Allowance | Refusal:
-    """The same for one of *among* who cannot ask each other: what it takes, all others may, too."""
+    """The same for one of *among* who cannot ask each other: what it takes, all others may, too.
+
+    Where a bucket holds less than one unit for each, it has to be full, and is then spent beyond
+    its bottom, so that all together go on with its rate.
+    """
     longest = 0.0
     for name, bucket in buckets:
         if (wait := bucket.wait(now, min(float(among), bucket.burst))) > longest:
             longest, limit, refusing = wait, name, bucket
     if longest > 0:
         return Refusal(limit, longest, refusing.allowance(now))
-    spent = [bucket.spend(now, min(float(among), bucket.burst)) for _, bucket in buckets]
+    spent = [bucket.spend(now, float(among)) for _, bucket in buckets]
     return buckets[spent.index(max(spent))][1].allowance(now)
 
 

@@ -4,13 +4,15 @@ Theory of operation.  Each gateway, a *member*, reports what it uses of the cap 
 use besides; it is told its *limit*, up to which it may begin new things without asking anybody.
 What a member may use is held for it, or what it does use if that is more, until its report is too
 old; so all that is held together is never more than the cap, and nobody has to be asked first.
+Until it has heard the answer it may go by the one before; so who gets less has that held for it
+until its next report, which says that it has heard.
 
 While there is enough for all, everybody has some to spare, and as much again stays free for
 whoever asks next.  When there is not, the cap is shared out evenly among those who need it: nobody
 gets more than he needs, and what cannot be divided goes to who has least, and has waited longest.
 Members who have more than that begin nothing new; what they finish is free at their next report.
 
-Who has been forgotten, because the store lost everything, brings along what was held for it.  Until
+Who has been forgotten, because the store lost everything, brings along what it goes by.  Until
 all have had the time to do that, nobody gets more than he had.  Whoever has never reported before
 brings nothing, and so begins no such time.
 """
@@ -18,7 +20,6 @@ brings nothing, and so begins no such time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import attrs
 
@@ -30,13 +31,13 @@ _SPARED = 2  # of what is left over, the part that nobody gets in advance
 class Need:
     """A member's report.
 
-    :param held: what was held for it when it last heard; ``None`` if it never reported before.
+    :param limit: what it goes by until it hears; ``None`` if it never reported before.
     :param used: what it uses now.
     :param wants: what it could use besides.
     """
 
     cap: int
-    held: int | None
+    limit: int | None
     used: int
     wants: int
 
@@ -45,6 +46,7 @@ class Need:
 class Grant:
     """The answer.
 
+    :param held: what others cannot have before its next report.
     :param is_contended: others need what it may have to give.
     """
 
@@ -82,8 +84,8 @@ class Cap:
         for gone in [m for m, share in self.shares.items() if share.until <= now]:
             del self.shares[gone]
         before = self.shares.get(member)
-        mine = Share(need.held or 0, 0, now, 0.0) if before is None else before
-        if before is None and need.held is not None:
+        mine = Share(need.limit or 0, 0, now, 0.0) if before is None else before
+        if before is None and need.limit is not None:
             self.lost_at = now
         had = mine.held
         mine.need, mine.until = need.used + need.wants, now + lease
@@ -95,7 +97,7 @@ class Cap:
         limit = max(0, min(self._due(member, need.cap), free))
         if now < self.lost_at + GRACE:
             limit = min(limit, had)
-        mine.held = max(need.used, limit)
+        mine.held = max(need.used, limit, min(need.limit or 0, had))
         if mine.held != had:
             mine.since = now
         waiting = any(share.need > share.held for share in others)
@@ -106,21 +108,20 @@ class Cap:
 
     def _due(self, member: str, cap: int) -> int:
         """What *member* would have if nobody used anything yet."""
+        mine, needs = self.shares[member], sorted(share.need for share in self.shares.values())
+        left, count, even = cap - sum(needs), len(needs), 0
+        if left >= 0:
+            return mine.need + left // (_SPARED * count)
         left = cap
-        order = sorted(self.shares.items(), key=lambda item: (item[1].need, item[0]))
-        for place, (who, share) in enumerate(order):
-            even = left // (len(order) - place)
-            if share.need > even:
-                return self._due_of_rest(member, dict(order[place:]), left)
-            if who == member:
-                mine = share.need
-            left -= share.need
-        return mine + left // (_SPARED * len(order))
-
-    def _due_of_rest(self, member: str, rest: Mapping[str, Share], left: int) -> int:
-        """The same where *rest* need more than there is *left*; the others need little."""
-        if member not in rest:
-            return self.shares[member].need
-        even, odd = divmod(left, len(rest))
-        first = sorted(rest, key=lambda who: (rest[who].held, rest[who].since, who))
-        return even + (member in first[:odd])
+        for need in needs:
+            even = left // count
+            if need > even:
+                break  # at the latest for who needs most, as there is too little for all
+            left, count = left - need, count - 1
+        if mine.need <= even:
+            return mine.need
+        before = sum(
+            share.need > even and (share.held, share.since, who) < (mine.held, mine.since, member)
+            for who, share in self.shares.items()
+        )
+        return even + (before < left - even * count)

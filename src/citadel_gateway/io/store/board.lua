@@ -1,7 +1,8 @@
 -- One member comes by: the same as Board.meet of citadel_gateway/policy/board.py.
 --
--- KEYS: the board.  ARGV: the time, empty for the server's own; the statement as JSON; how many
--- posts there may be.
+-- KEYS: the board; its posts by name; their names by version.  Posts are kept apart, as they are
+-- most of it, and a member has nearly always seen them all.  ARGV: the time, empty for the server's
+-- own; the statement as JSON; how many posts there may be.
 -- Returns the time, and the news as JSON.
 local now = tonumber(ARGV[1])
 if not now then
@@ -10,7 +11,13 @@ if not now then
 end
 local said, most = cjson.decode(ARGV[2]), tonumber(ARGV[3])
 local kept = redis.call('GET', KEYS[1])
-local board = kept and cmsgpack.unpack(kept) or {version = 0, members = {}, holders = {}, posts = {}}
+local board
+if kept then
+  board = cmsgpack.unpack(kept)
+else
+  board = {version = 0, members = {}, holders = {}}
+  redis.call('DEL', KEYS[2], KEYS[3])
+end
 for member, till in pairs(board.members) do
   if till <= now then board.members[member] = nil end
 end
@@ -31,24 +38,28 @@ local emptied = said.seen > board.version
 local seen = emptied and 0 or said.seen
 for _, post in ipairs(said.posts) do
   board.version = board.version + 1
-  board.posts[post[1]] = {board.version, post[2]}
+  redis.call('HSET', KEYS[2], post[1], post[2])
+  redis.call('ZADD', KEYS[3], board.version, post[1])
 end
-local count, new = 0, {}
-for name, post in pairs(board.posts) do
-  count = count + 1
-  if post[1] > seen then new[name] = post[2] end
-end
-while count > most do
-  local oldest
-  for name, post in pairs(board.posts) do
-    if not oldest or post[1] < board.posts[oldest][1] then oldest = name end
+if #said.posts > 0 then
+  local much = redis.call('ZCARD', KEYS[3]) - most
+  if much > 0 then
+    for i, name in ipairs(redis.call('ZPOPMIN', KEYS[3], much)) do
+      if i % 2 == 1 then redis.call('HDEL', KEYS[2], name) end
+    end
   end
-  board.posts[oldest] = nil
-  count = count - 1
+end
+local new = {}
+if board.version > seen then
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. seen, '+inf')) do
+    new[name] = redis.call('HGET', KEYS[2], name) or nil
+  end
 end
 local members = 0
 for _ in pairs(board.members) do members = members + 1 end
 redis.call('SET', KEYS[1], cmsgpack.pack(board), 'EX', 3600)
+redis.call('EXPIRE', KEYS[2], 7200)
+redis.call('EXPIRE', KEYS[3], 7200)
 return {string.format('%.17g', now), cjson.encode({
   version = board.version, members = members, won = won, posts = new, was_emptied = emptied,
 })}

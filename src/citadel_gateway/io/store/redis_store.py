@@ -117,7 +117,8 @@ class RedisStore:
         said = attrs.asdict(statement)
         said["posts"] = list(statement.posts.items())
         arguments = (orjson.dumps(said), MOST_POSTS)
-        told = orjson.loads((await self._run("board", [self._key("board")], arguments))[0])
+        keys = [self._key(name) for name in ("board", "posts", "versions")]
+        told = orjson.loads((await self._run("board", keys, arguments))[0])
         return News(
             version=told["version"],
             members=told["members"],
@@ -130,8 +131,8 @@ class RedisStore:
         keys = [self._key("cap:" + name) for name in needs]
         arguments: list[Any] = [member, lease, GRACE]
         for need in needs.values():
-            held = -1 if need.held is None else need.held
-            arguments += (need.cap, held, need.used, need.wants)
+            limit = -1 if need.limit is None else need.limit
+            arguments += (need.cap, limit, need.used, need.wants)
         told = await self._run("shares", keys, arguments)
         return {
             name: Grant(limit=told[i], held=told[i + 1], is_contended=bool(told[i + 2]))

@@ -1,0 +1,1 @@
+"""Many gateways on one store, in virtual time: ``python -m bench.fleet``."""
