@@ -23,7 +23,6 @@ from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.hedging import Race, Runner
 from citadel_gateway.app.journey import Journey
-from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.relay import Relay
 from citadel_gateway.app.retrying import Retrying
 from citadel_gateway.app.upstream_maker import UpstreamMaker
@@ -38,7 +37,7 @@ from citadel_gateway.io.pool import ConnectionPool
 from citadel_gateway.io.record import Outcome
 from citadel_gateway.io.stream_relay import StreamRelay
 from citadel_gateway.policy.circuit_breaker import CircuitBreaker, State, Verdict
-from citadel_gateway.policy.endpoint import Endpoint, Slot, nobody_asks
+from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.rate_limit import TokenBucket
 from citadel_gateway.policy.retry import Retry, RetryBudget
 from citadel_gateway.policy.waitroom import Waitroom
@@ -360,13 +359,6 @@ def end_of_cool_down_untold(_: Original, self: Endpoint, now: float) -> float:
 @bug("nobody is called when an endpoint that came back gets more", Endpoint, "may_take_more_at")
 def next_step_untold(_: Original, self: Endpoint, now: float) -> float:
     return self.rest_ends_at(now)
-
-
-@bug("who makes an endpoint take all at once tells only its group", LoadBalancer, "_make_group")
-def haste_untold(make: Original, *args: Any) -> Any:
-    group = make(*args)
-    group.on_room = nobody_asks
-    return group
 
 
 # Retries.

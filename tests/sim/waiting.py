@@ -44,7 +44,8 @@ class WaitWatch(trio.abc.Instrument):
             if (chance := _chance(key, now)) is not None:
                 at, endpoint = chance
                 since, same = before.get(key, chance)
-                self._open[key] = (min(since, at) if same is endpoint else at, endpoint)
+                is_old = same is endpoint and at <= now  # else there was room, and it is taken
+                self._open[key] = (min(since, at) if is_old else at, endpoint)
 
     def before_io_wait(self, timeout: float) -> None:
         """If time has passed, nothing was done meanwhile."""

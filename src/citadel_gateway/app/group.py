@@ -116,6 +116,10 @@ class Group:
         """Whether an endpoint that was not *tried* is available, with room or without."""
         return self._roster.is_any_left(tried, now)
 
+    def has_room(self, tried: Container[Endpoint], now: float) -> bool:
+        """Whether one that was not *tried* can take a request right now."""
+        return self._roster.has_room(tried, now)
+
     def next_chance(self, now: float) -> float:
         """Seconds until an endpoint may be available again, as far as can be known."""
         return self._roster.next_chance(now, _NEXT_PROBE)
