@@ -256,6 +256,21 @@ async def test_a_refused_beginning_is_not_blamed_on_the_engine_nor_told_to_the_c
     assert_broken(response, "upstream_connection_error")
 
 
+async def test_who_has_refused_the_request_as_it_is_is_not_sent_it_once_more(
+    autojump_clock: MockClock,
+) -> None:
+    engine = Canonical(("\n\n", *TOKENS))
+    async with running_gateway(gateway_for("a", "b")) as world:
+        breaking(world, engine.breaks("one", 2))  # behind white space, so that b begins anew
+        world.engines["b"].default = engines.status(400, b'{"error": {"message": "too long"}}')
+        response = await first_to_a(world, engine, temperature=0)
+        asked = world.engines["b"].posts[-1].json
+
+    assert_broken(response, "upstream_connection_error")
+    assert asked["messages"] == chat()["messages"]
+    assert world.access_log[-1]["attempts"] == 2
+
+
 async def test_a_replay_that_ends_too_early_is_no_end_whatever_it_counts(
     autojump_clock: MockClock,
 ) -> None:

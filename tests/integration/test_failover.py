@@ -300,6 +300,36 @@ async def test_of_two_that_ask_for_time_the_one_that_is_ready_first_is_asked(
     assert 3 <= took <= 3 + 2 * JITTER
 
 
+@pytest.mark.parametrize(
+    ("busy_for", "refusals", "answers", "after", "attempts"),
+    [(9, 1, "a", 2, 2), (1, 1, "b", 1, 2), (7, 9, "b", 7, 3)],
+    ids=["rests for less", "is busy for less", "asks for time again"],
+)
+async def test_who_was_refused_while_all_others_are_full_has_who_is_ready_first(
+    autojump_clock: MockClock,
+    busy_for: float,
+    refusals: int,
+    answers: str,
+    after: float,
+    attempts: int,
+) -> None:
+    async with running_gateway(config("a", "b", own={"max_concurrent": 1})) as world:
+        world.endpoint("a").cool_down(0.1, trio.current_time())
+        world.engines["a"].scripts.extend([refusal(429, 2)] * refusals)
+        world.engines["b"].scripts.append(
+            Script([engines.sleep(busy_for + 0.2), *engines.whole_chat("ok").steps])
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.ask, "m")  # to b
+            await trio.sleep(0.2)
+            response, took = await timed(world)
+
+    assert response.status == 200
+    assert response.header("x-citadel-backend") == endpoint(answers)
+    assert response.header("x-citadel-attempts") == str(attempts)
+    assert took == pytest.approx(after, abs=2 * JITTER)
+
+
 async def test_an_endpoint_that_asks_for_more_time_meanwhile_gets_it(
     autojump_clock: MockClock,
 ) -> None:

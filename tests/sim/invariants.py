@@ -470,7 +470,11 @@ def attempts_are_bounded(run: Run) -> Iterator[str]:
             executed = [
                 job
                 for job in stage
-                if not (_is_certainly_not_executed(job) or _was_outrun(job, jobs))
+                if not (
+                    _is_certainly_not_executed(job)
+                    or _was_outrun(job, jobs)
+                    or _may_replay_instead(run, job)
+                )
             ]
             if len(executed) > 1 + may_repeat:
                 yield f"{name} may have been executed by {[job.name for job in executed]}"

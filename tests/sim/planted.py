@@ -356,6 +356,11 @@ def end_of_cool_down_untold(_: Original, self: Endpoint, now: float) -> float:
     return math.inf if opens is None else opens
 
 
+@bug("nobody is called when an endpoint that came back gets more", Endpoint, "may_take_more_at")
+def next_step_untold(_: Original, self: Endpoint, now: float) -> float:
+    return self.rest_ends_at(now)
+
+
 # Retries.
 
 

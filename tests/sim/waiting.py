@@ -44,7 +44,8 @@ class WaitWatch(trio.abc.Instrument):
             if (chance := _chance(key, now)) is not None:
                 at, endpoint = chance
                 since, same = before.get(key, chance)
-                self._open[key] = (min(since, at) if same is endpoint else at, endpoint)
+                is_old = same is endpoint and at <= now  # else there was room, and it is taken
+                self._open[key] = (min(since, at) if is_old else at, endpoint)
 
     def before_io_wait(self, timeout: float) -> None:
         """If time has passed, nothing was done meanwhile."""
@@ -79,9 +80,23 @@ def _chance(key: Hashable, now: float) -> tuple[float, Endpoint] | None:
 
 def _takes_at(endpoint: Endpoint, now: float) -> float | None:
     """When *endpoint* can take one more, if only time keeps it from that."""
-    if not (endpoint.has_room() and endpoint.is_in_service()):
+    if not endpoint.is_in_service() or (has_room_at := _has_room_at(endpoint, now)) is None:
         return None
     rests_until = endpoint.breaker.opens_again_at()
     if rests_until is None and not endpoint.breaker.would_admit(now):
         return None  # it is being probed
-    return max(now, endpoint.cooling_until, rests_until or now)
+    return max(has_room_at, endpoint.cooling_until, rests_until or now)
+
+
+def _has_room_at(endpoint: Endpoint, now: float) -> float | None:
+    """When it is warm enough, if all that it has goes on for ever."""
+    slow, since, share = endpoint.slow_start, endpoint._back_since, endpoint.share
+    most = endpoint.max_concurrent if endpoint.adaptive is None else endpoint.adaptive.limit
+    most = most if share is None else min(most, share)
+    at = now
+    while at < math.inf:
+        warmth = slow.share(since, at)
+        if endpoint.in_flight < math.ceil(most * warmth):
+            return at
+        at = slow.next_step(warmth, since)
+    return None

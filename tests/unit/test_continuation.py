@@ -307,6 +307,18 @@ def test_white_space_that_is_said_twice_is_counted_once() -> None:
     assert usage_of(seam, 11 + 1, 2) == Usage(11, 3)
 
 
+def test_white_space_that_ends_it_is_no_part_of_the_prompt_of_who_may_say_no_more() -> None:
+    delivered = told("", delta(content="a"), delta(content="\n\n"))
+    resumed = resume(chat(max_tokens=2), delivered, Prefill.FLAGGED)
+    assert resumed is not None
+    repeats, says_another = resumed.make_seam(), resumed.make_seam()
+    assert repeats.join(delta(content="\n\n")) == b""
+    assert says_another.join(delta(content="b")) == b""
+
+    assert usage_of(repeats, 11 + 1, 1) == Usage(11, 2)
+    assert usage_of(says_another, 11 + 2, 1) == Usage(11, 2)
+
+
 def test_a_repeated_token_is_not_passed_on_for_the_sake_of_its_count() -> None:
     seam = Seam(told("", delta(content="a"), delta(content="\n")), "\n", "", is_replay=False)
     usage = {"prompt_tokens": 12, "completion_tokens": 1}

@@ -8,8 +8,8 @@ from trio.testing import MockClock
 
 from citadel_gateway.policy.circuit_breaker import State
 from tests.support.fellows import Fellows, fellows
-from tests.support.gateway import fleet, gather
-from tests.support.scripted_engine import Script, ScriptedEngine, close, status, whole_chat
+from tests.support.gateway import endpoint, fleet, gather
+from tests.support.scripted_engine import Script, ScriptedEngine, close, sleep, status, whole_chat
 
 HEARD = 0.6  # seconds in which everybody has met everybody
 
@@ -147,6 +147,28 @@ async def test_a_cool_down_is_everybodys(autojump_clock: MockClock) -> None:
         now = trio.current_time()
         left = [world.endpoint("a").cooling_until - now for world in several]
         assert left[1] == pytest.approx(left[0])
+
+
+async def test_who_waits_is_called_when_a_cool_down_that_another_gateway_heard_of_is_over(
+    autojump_clock: MockClock,
+) -> None:
+    places = [{"url": endpoint(host), "max_concurrent": 8} for host in "ab"]
+    config = fleet({"m": {"endpoints": places}}, load_balancer={"max_attempts": 1})
+    async with fellows(config, 2, ["a", "b"]) as several:
+        busy, slow = status(503, headers=[("retry-after", "3.3")]), Script([sleep(9)])
+        several.engines["a"].scripts.append(busy)
+        while not several.engines["a"].posts:
+            await several[0].ask()
+        refused_at = several.engines["a"].posts[0].received_at
+        await trio.sleep(HEARD)
+        several.engines["b"].default = slow
+        async with trio.open_nursery() as nursery:
+            for _ in range(8 + 1):  # one of them has to wait, whatever b has room for
+                nursery.start_soon(several[1].ask)
+            await trio.sleep(5)
+            nursery.cancel_scope.cancel()
+
+        assert several.engines["a"].posts[1].received_at == pytest.approx(refused_at + 3.3)
 
 
 async def test_a_gateway_that_has_no_store_any_more_looks_after_itself(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
+from citadel_gateway.app.operations import Order
 from citadel_gateway.io.departures import Departures
 from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection
 from tests.support import scripted_engine as engines
@@ -638,8 +640,20 @@ async def test_the_last_one_that_comes_back_is_not_held_up(autojump_clock: MockC
         assert trio.current_time() - began == pytest.approx(1.0, abs=0.01)
 
 
+def well_again(world: World) -> None:
+    [checker] = [c for c in world.service.watch.checkers if c.endpoint is world.endpoint("back")]
+    checker.learn("down", healthy=False)
+    checker.learn(None, healthy=True)
+
+
+def wanted_again(world: World) -> None:
+    world.service.operations.cordon(Order(endpoint("back")))
+    world.service.operations.uncordon(Order(endpoint("back")))
+
+
+@pytest.mark.parametrize("come_back", [well_again, wanted_again])
 async def test_who_waits_for_one_that_warms_up_is_served_as_it_does(
-    autojump_clock: MockClock,
+    autojump_clock: MockClock, come_back: Callable[[World], None]
 ) -> None:
     models = {"m": {"endpoints": [{"url": endpoint("warm"), "max_concurrent": 1},
                                   {"url": endpoint("back"), "max_concurrent": 10}]}}  # fmt: skip
@@ -648,10 +662,8 @@ async def test_who_waits_for_one_that_warms_up_is_served_as_it_does(
     async with running_gateway(config) as world:
         for engine in world.engines.values():
             engine.default = taking(25)
-        back = world.endpoint("back")
-        for _ in range(3):
-            back.probed("down", trio.current_time())
-        back.probed(None, trio.current_time())
+        await trio.sleep(0.4)  # between two looks at what else is to be done
+        come_back(world)
         began = trio.current_time()
 
         async def timed() -> float:
@@ -661,5 +673,26 @@ async def test_who_waits_for_one_that_warms_up_is_served_as_it_does(
         waits = await gather(*[timed] * 11)
 
     due = [0.0, 0.0, *[float(step) for step in range(2, 11)]]
-    for wait, soonest in zip(sorted(waits), due, strict=True):
-        assert soonest - 0.01 <= wait <= soonest + 1.5
+    assert sorted(waits) == pytest.approx(due)
+
+
+async def test_who_waits_elsewhere_has_some_of_the_room_that_one_in_a_hurry_makes(
+    autojump_clock: MockClock,
+) -> None:
+    models = {"m": {"max_concurrent": 10}, "n": {"max_concurrent": 1}}
+    config = fleet(models, performance={"request_timeout_seconds": 60})
+    async with running_gateway(config) as world:
+        world.engines["m"].default = world.engines["n"].default = taking(25)
+        await trio.sleep(0.4)  # between two looks at what else is to be done
+        world.endpoint("m").start_slowly(trio.current_time())
+        world.endpoint("m").eased()
+        async with trio.open_nursery() as nursery:
+            for model in ["m", "n", "auto", "m"]:
+                nursery.start_soon(world.ask, model)
+                await trio.sleep(0.1)
+            began = [post.received_at for post in world.engines["m"].posts]
+            nursery.cancel_scope.cancel()
+
+    first, in_a_hurry, waited = began
+    assert in_a_hurry - first == pytest.approx(0.3)
+    assert waited == in_a_hurry

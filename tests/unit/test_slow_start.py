@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -93,6 +94,17 @@ def test_at_its_next_step_it_has_more(since: float) -> None:
         share, steps = slow.share(since, at), steps + 1
 
     assert steps == 9
+
+
+def test_its_next_step_lies_ahead_though_nobody_has_asked_for_the_last_ones() -> None:
+    one = endpoint("a")
+    assert one.may_take_more_at(0.0) == math.inf
+    return_at(one, 0.0)
+
+    assert [one.may_take_more_at(now) for now in (0.0, 2.0, 6.5, 9.9)] == [2.0, 3.0, 7.0, 10.0]
+    assert one.may_take_more_at(10.0) == math.inf
+    one.cool_down(0.5, 3.0)
+    assert one.may_take_more_at(3.0) == 3.5
 
 
 def test_without_a_window_all_is_there_at_once() -> None:

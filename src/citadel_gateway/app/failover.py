@@ -70,10 +70,8 @@ def rest(
 
     For a request that *failure* refused when nobody else was left; ``None`` if that takes too long.
     """
-    if failure.cool_down is None or failure.judgement != _REFUSED:
-        return None
     now = trio.current_time()
-    rests = tuple(e for e in tried if e in group and e.is_in_service() and now < e.cooling_until)
+    rests = resting(failure, tried, group, now)
     if not rests:
         return None
     seconds, left = _soonest(rests, now), deadline - now
@@ -81,6 +79,15 @@ def rest(
         return None
     seconds += backoff.pause(attempts, left - seconds, draw, same=True)
     return Pause(until=now + seconds, rests=rests)
+
+
+def resting(
+    failure: UpstreamFailure, tried: Iterable[Endpoint], group: Container[Endpoint], now: float
+) -> tuple[Endpoint, ...]:
+    """Those in *group* that may be asked again later, if *failure* is such a refusal itself."""
+    if failure.cool_down is None or failure.judgement != _REFUSED:
+        return ()
+    return tuple(e for e in tried if e in group and e.is_in_service() and now < e.cooling_until)
 
 
 def _soonest(rests: Iterable[Endpoint], now: float) -> float:

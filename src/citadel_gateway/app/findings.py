@@ -36,12 +36,14 @@ class Findings:
 
     :param watch: the current one.
     :param on_transition: told of breakers that follow another gateway's.
+    :param on_rest: told that an endpoint is to be left alone for a while.
     :param on_room: told that an endpoint may take requests that could not before.
     """
 
     membership: Membership
     watch: Callable[[], Watch]
     on_transition: Callable[[Endpoint, Transition], None]
+    on_rest: Callable[[], None]
     on_room: Callable[[], None]
     host: str = attrs.field(factory=socket.gethostname)
     _news: trio.Event = attrs.field(factory=trio.Event, init=False)
@@ -177,6 +179,7 @@ class Findings:
                 checker.suspect()
             case "cool":
                 endpoint.cool_down(self._to_ours(said["until"], now) - now, now)
+                self.on_rest()
             case "breaker":
                 self._follow(endpoint, said, now)
 

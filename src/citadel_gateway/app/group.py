@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Hashable, Sequence, Set
+from collections.abc import Callable, Container, Hashable, Sequence, Set
 
 import attrs
 
 from citadel_gateway.app.upstreams import Model, Upstream
-from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.endpoint import Endpoint, nobody_asks
 from citadel_gateway.policy.picker import Picker
 from citadel_gateway.policy.roster import Roster
 from citadel_gateway.policy.selection import Share, evenly
@@ -24,6 +24,7 @@ class Group:
     It outlives the configuration that it was made for, as do those who wait for it.
 
     :param basis: what the picker goes by, besides what is written on the endpoints.
+    :param on_room: told that an endpoint takes more than those who wait in other groups know.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Group:
     picker: Picker
     share: Share = evenly
     basis: Hashable = None
+    on_room: Callable[[], None] = nobody_asks
     upstreams: dict[Endpoint, Upstream] = attrs.field(factory=dict, init=False)
     _roster: Roster = attrs.field(init=False)
 
@@ -87,6 +89,7 @@ class Group:
         """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
         endpoint = self._roster.choose(tried, now)
         if endpoint is None and self._roster.hurry(now):
+            self.on_room()
             endpoint = self._roster.choose(tried, now)
         if endpoint is not None:
             return endpoint
@@ -112,6 +115,10 @@ class Group:
     def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether an endpoint that was not *tried* is available, with room or without."""
         return self._roster.is_any_left(tried, now)
+
+    def has_room(self, tried: Container[Endpoint], now: float) -> bool:
+        """Whether one that was not *tried* can take a request right now."""
+        return self._roster.has_room(tried, now)
 
     def next_chance(self, now: float) -> float:
         """Seconds until an endpoint may be available again, as far as can be known."""

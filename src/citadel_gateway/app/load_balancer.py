@@ -26,7 +26,7 @@ from citadel_gateway.io.target import split_url
 from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.cordons import Cordons
-from citadel_gateway.policy.endpoint import Endpoint
+from citadel_gateway.policy.endpoint import Endpoint, nobody_asks
 from citadel_gateway.policy.quorum import Quorum
 from citadel_gateway.policy.selection import Share, evenly, make_picker, share_by_cost
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
@@ -39,6 +39,7 @@ class LoadBalancer:
     :param resolver: knows the addresses of names.
     :param previous: one that this is to :meth:`take_over` from; until then it serves nobody, and
         changes nothing of what the two have in common: endpoints, and who waits for them.
+    :param on_room: told when those who wait are to be called, as an endpoint takes more.
     :param share: what new endpoints may take of their caps to begin with; ``None`` for all.
     """
 
@@ -50,10 +51,12 @@ class LoadBalancer:
         resolver: Resolver | None = None,
         previous: LoadBalancer | None = None,
         share: int | None = None,
+        on_room: Callable[[], None] = nobody_asks,
     ) -> None:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
+        self._on_room = on_room
         self.sources: list[Source] = []
         self.cordons: Cordons = Cordons() if previous is None else previous.cordons
         self.on_panic: Callable[[str, bool], None] = lambda *_: None  # told of models
@@ -383,7 +386,8 @@ class LoadBalancer:
     ) -> Group:
         algorithm = self.config.load_balancer.algorithm.value
         picker = make_picker(algorithm, self._rng, share)
-        return Group(name, tuple(models), picker, share, basis=(algorithm, cheapest))
+        basis = (algorithm, cheapest)
+        return Group(name, tuple(models), picker, share, basis, on_room=self._on_room)
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:
         threshold = self.config.load_balancer.panic_threshold

@@ -59,9 +59,17 @@ class Rescue:
         }
 
     def may_replay_instead(self, upstream: Upstream, failure: UpstreamFailure) -> bool:
-        """Whether *failure* is a refusal to be resumed, and *upstream* may replay the request."""
+        """Whether *failure* is a refusal to be resumed, and *upstream* may replay the request.
+
+        Who began anew was sent the request as it is, and would only be sent it once more.
+        """
         asked = self.continuation(upstream)
-        if asked is None or asked.way is Way.REPLAY or failure.error.status not in _REFUSALS:
+        if (
+            asked is None
+            or asked.way is Way.REPLAY
+            or asked.is_anew
+            or failure.error.status not in _REFUSALS
+        ):
             return False
         self._refused.add(upstream.endpoint)
         return self.continuation(upstream) is not None

@@ -74,10 +74,24 @@ class Retrying:
             case Retry.AMBIGUOUS if not self._may_repeat(journey):
                 return False
         journey.tried.add(upstream.endpoint)
-        if not journey.has_somewhere_to_go(now) and not self._may_wait(journey, failure):
+        if journey.has_somewhere_to_go(now):
+            self._wait_for_either(journey, failure, now)
+        elif not self._may_wait(journey, failure):
             return False
         journey.aim()
         return self._can_afford(failure, now)
+
+    def _wait_for_either(self, journey: Journey, failure: UpstreamFailure, now: float) -> None:
+        """While all others are full, have whoever is ready first: one of them, or who rests.
+
+        The last attempt is for one that has not refused yet.
+        """
+        group, tried = journey.group, journey.tried
+        rests = failover.resting(failure, tried, group.upstreams, now)
+        if not rests or journey.job.record.attempts + 1 >= self._balancing.max_attempts:
+            return
+        if group.is_any_left(tried, now) and not group.has_room(tried, now):
+            tried.difference_update(rests)
 
     def _may_wait(self, journey: Journey, failure: UpstreamFailure) -> bool:
         """Whether to ask those once more that have asked to be left alone, when they have been."""

@@ -162,6 +162,7 @@ class UnifiedAPIGatewayService:
                 self.membership,
                 watch=lambda: self.watch,
                 on_transition=self._tell_of,
+                on_rest=self._rests.note,
                 on_room=self.admission.pump,
             )
             self.presence = Presence(self.membership, workers)
@@ -174,9 +175,7 @@ class UnifiedAPIGatewayService:
             )
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
-        self.operations = Operations(
-            lambda: self.balancer, self.admission.pump, self._chronicle.order
-        )
+        self.operations = Operations(lambda: self.balancer, self._rests.note, self._chronicle.order)
         self.host: Host = Alone(self.metrics, self.operations)
         self.generations = [self.generation]  # those that have requests, the current one last
         self._adopting = trio.Lock()
@@ -208,6 +207,7 @@ class UnifiedAPIGatewayService:
             resolver=self.resolver,
             previous=None if previous is None else previous.balancer,
             share=None if self.caps is None else 0,
+            on_room=self._rests.note,
         )
         balancer.on_panic = self._chronicle.panic
         doorkeeper = Doorkeeper(config, self.metrics.rejected, self.membership)
@@ -638,7 +638,7 @@ class UnifiedAPIGatewayService:
 
     def _note_flip(self, endpoint: Endpoint) -> None:
         self._chronicle.flip(endpoint)
-        self.admission.pump()
+        self._rests.note()
 
     def _take_less(self, level: Level) -> None:
         if self._listeners is not None:

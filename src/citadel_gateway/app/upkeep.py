@@ -15,7 +15,7 @@ from citadel_gateway.policy.endpoint import Endpoint
 
 @attrs.define(eq=False)
 class RestTimers:
-    """Notes when endpoints have rested, and calls those who wait for them.
+    """Notes when endpoints have rested, and calls those who wait for them or may be given more.
 
     :param endpoints: those that are watched right now.
     :param call: looks whether somebody who waits can have an endpoint now.
@@ -27,13 +27,13 @@ class RestTimers:
     _news: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def note(self) -> None:
-        """Some endpoint rests that did not, or for another time."""
+        """Some endpoint rests that did not, or for another time, or has come back."""
         self._news.set()
 
     async def run(self) -> NoReturn:
         while True:
             now = trio.current_time()
-            soonest = min((e.rest_ends_at(now) for e in self.endpoints()), default=math.inf)
+            soonest = min((e.may_take_more_at(now) for e in self.endpoints()), default=math.inf)
             with trio.move_on_at(soonest):
                 await self._news.wait()
             self._news = trio.Event()

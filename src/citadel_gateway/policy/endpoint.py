@@ -202,6 +202,17 @@ class Endpoint:
         ends = math.inf if breaker_ends is None else breaker_ends
         return min(ends, self.cooling_until) if self.cooling_until > now else ends
 
+    def may_take_more_at(self, now: float) -> float:
+        """When time alone lets it take more than now: its rest ends, or it gets warmer.
+
+        At the soonest, and after *now*; infinity if time changes nothing.
+        """
+        ends = self.rest_ends_at(now)
+        if self.warmth == 1.0:
+            return ends
+        share = self.slow_start.share(self._back_since, now)  # nobody may have asked since
+        return min(ends, self.slow_start.next_step(share, self._back_since))
+
     def cool_down(self, seconds: float, now: float) -> None:
         """It asked to be left alone: pick others until then."""
         self.cooling_until = max(self.cooling_until, now + seconds)

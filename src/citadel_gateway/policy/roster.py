@@ -106,6 +106,10 @@ class Roster:
             self._return(now)
         return self._is_any(self._ready, tried, now) or self._is_any(self._full, tried, now)
 
+    def has_room(self, tried: Container[Endpoint], now: float) -> bool:
+        """Whether one that was not *tried* is available and has room, as of the last look."""
+        return any(e not in tried and e.has_room() and e.is_available(now) for e in self._ready)
+
     def is_any_full(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether one that was not *tried* is available but for room, as of the last choice."""
         return self._is_any(self._full, tried, now)

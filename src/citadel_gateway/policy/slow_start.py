@@ -4,10 +4,12 @@ It may have to compile its kernels and to fill its caches, and the crowd that ha
 it would find it cold.  The share of its weight and of its concurrency grows linearly over a
 window, from a tenth, as in Envoy's slow start mode.  It grows in steps, so that between two of
 them nothing changes: whoever keeps endpoints in order looks at one that is warming up ten times,
-and no task and no timer is needed.
+and whoever waits for it need be called no more often.
 """
 
 from __future__ import annotations
+
+import math
 
 import attrs
 
@@ -28,7 +30,9 @@ class SlowStart:
         return step / _STEPS
 
     def next_step(self, share: float, since: float) -> float:
-        """When it gets more than *share*."""
+        """When it gets more than *share*; infinity if that is all."""
+        if share == 1.0:
+            return math.inf
         return self._reached(round(share * _STEPS) + 1, since)
 
     def _reached(self, step: int, since: float) -> float:

@@ -105,7 +105,6 @@ class Seam:
         if isinstance(text := choice.get("text"), str) and text:
             choice["text"] = text = self._new_text(text)
             says_something = bool(text)
-            self._repeated += not (text or self.is_mute)
         if isinstance(delta := choice.get("delta"), dict):
             says_something = self._join_delta(delta)
         if choice.get("finish_reason"):
@@ -123,7 +122,6 @@ class Seam:
                 continue
             if name == "content" and isinstance(value, str):
                 delta[name] = value = self._new_text(value)
-                self._repeated += not (value or self.is_mute)
             elif name in _THOUGHTS and isinstance(value, str):
                 delta[name] = value = self._new_thought(value)
             elif name != "role":
@@ -132,8 +130,11 @@ class Seam:
         return says_something
 
     def _new_text(self, said: str) -> str:
-        if self.is_mute:
-            return ""
+        new = self._behind_what_was_said(said)
+        self._repeated += not new
+        return "" if self.is_mute else new
+
+    def _behind_what_was_said(self, said: str) -> str:
         if self._thought_at < len(self.thought):
             raise Diverged("the replay came to its answer earlier")
         left = len(self.text) - self._text_at
