@@ -6,6 +6,7 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Container
+from functools import partial
 
 import pytest
 
@@ -153,7 +154,8 @@ def test_a_few_requests_at_once_stay_together(algorithm: str) -> None:
 @both
 def test_the_bound_is_kept_as_load_comes_and_goes(algorithm: str) -> None:
     rng, endpoints = random.Random(3), fleet(8)
-    line, held = roster(algorithm, endpoints), []
+    line = roster(algorithm, endpoints)
+    held: list[Slot] = []
     for _ in range(5000):
         if held and rng.random() < 0.48:
             held.pop(rng.randrange(len(held))).close(Verdict.GOOD, 0.0)
@@ -387,15 +389,12 @@ def test_of_two_decisions_the_later_one_counts_for_both(first_to_hear: str) -> N
         assert move(here, KEYS[0], 1.0).url == one.url
         for mine in [*here._away, *here._ready]:
             mine.uncordon(1.0)
-    mine_news = list(ours.take_news(10, 9))
-    their_news = list(theirs.take_news(11, 9))
-    steps = [
-        lambda: [ours.hear(k, b, s, 2.0) for k, _, s in their_news],
-        lambda: [theirs.hear(k, next(e for e in other._ready if e.url == a.url), s, 2.0)
-                 for k, _, s in mine_news],
-    ]  # fmt: skip
-    for step in steps if first_to_hear == "ours" else reversed(steps):
-        step()
+    ((key, _, earlier),) = ours.take_news(10, 9)
+    ((_, _, later),) = theirs.take_news(11, 9)
+    there = next(one for one in other._ready if one.url == a.url)
+    hears = [partial(ours.hear, key, b, later, 2.0), partial(theirs.hear, key, there, earlier, 2.0)]
+    for hear in hears if first_to_hear == "ours" else reversed(hears):
+        hear()
 
     assert where(line, KEYS[0], 3.0).url == where(other, KEYS[0], 3.0).url == b.url
 

@@ -228,8 +228,8 @@ def test_every_problem_is_reported_at_once_by_its_path() -> None:
         "service.worker: unknown option; did you mean 'workers'?",
         "service.port: 'x' is not a port (0 to 65535)",
         "load_balancer.algorithm: 'round_robbin' is not one of round_robin, weighted_round_robin, "
-        "random, least_connections, power_of_two, least_latency, cost; "
-        "did you mean 'round_robin'?",
+        "random, least_connections, power_of_two, least_latency, cost, consistent_hash, "
+        "session_affinity; did you mean 'round_robin'?",
         "models.two words: 'two words' is not a name: 1 to 128 characters without white space",
         "models.hermes-2.endpoints[1].weigth: unknown option; did you mean 'weight'?",
         "models.hermes-2.endpoints[1].url: is required",

@@ -83,11 +83,14 @@ class Group:
             self._roster.remove(endpoint)
             endpoint.unwatch(self._forget_when_idle)
 
-    def choose(self, tried: Container[Endpoint], now: float) -> Choice:
-        """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
-        endpoint = self._roster.choose(tried, now)
+    def choose(self, tried: Container[Endpoint], now: float, key: int | None = None) -> Choice:
+        """An endpoint that was not *tried*; ``None`` while all that could take it are full.
+
+        :param key: of what the request belongs to, if that matters.
+        """
+        endpoint = self._roster.choose(tried, now, key)
         if endpoint is None and self._roster.hurry(now):
-            endpoint = self._roster.choose(tried, now)
+            endpoint = self._roster.choose(tried, now, key)
         if endpoint is not None:
             return endpoint
         if self._roster.is_any_full(tried, now):

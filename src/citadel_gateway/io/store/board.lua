@@ -12,7 +12,7 @@ local said, most = cjson.decode(ARGV[2]), tonumber(ARGV[3])
 local kept = redis.call('GET', KEYS[1])
 local board = kept and cmsgpack.unpack(kept) or {version = 0, members = {}, holders = {}, posts = {}}
 for member, till in pairs(board.members) do
-  if till <= now then board.members[member] = nil end
+  if till <= now then board.members[member], board.posts[member] = nil, nil end
 end
 for task, holder in pairs(board.holders) do
   if holder[2] <= now or holder[1] == said.member then board.holders[task] = nil end
@@ -25,7 +25,7 @@ if said.lease > 0 then
     if board.holders[task][1] == said.member then won[#won + 1] = task end
   end
 else
-  board.members[said.member] = nil
+  board.members[said.member], board.posts[said.member] = nil, nil
 end
 local emptied = said.seen > board.version
 local seen = emptied and 0 or said.seen

@@ -31,6 +31,9 @@ class Membership:
     :param lease: seconds that its word is good for.
     :param patience: a meeting that takes longer does not count.
     :param members: how many there are, as far as is known.
+    :param bulletin: asked before each meeting what it says under its own name, if that is new; it
+        takes the place of what was said before, and goes with the member.
+    :param on_bulletin: given what another one says under its own.
     :param on_change: told when it is alone (true) or among others again, and why.
     """
 
@@ -45,6 +48,8 @@ class Membership:
     won: frozenset[str] = attrs.field(default=frozenset(), init=False)  # tasks it does for all
     claims: Callable[[], Iterable[str]] = attrs.field(default=tuple, init=False)
     on_posts: Callable[[Mapping[str, str]], None] = attrs.field(default=lambda _: None, init=False)
+    bulletin: Callable[[], str | None] = attrs.field(default=lambda: None, init=False)
+    on_bulletin: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
     on_news: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     _known: bool = attrs.field(default=False, init=False)  # whether it is alone was told
     _row: int = attrs.field(default=0, init=False)  # misses in a row
@@ -126,6 +131,8 @@ class Membership:
             await self._meet()
 
     async def _meet(self) -> None:
+        if (said := self.bulletin()) is not None:
+            self._outbox[self.name] = f"{self.name} {said}"
         posts, self._outbox = self._outbox, {}
         statement = Statement(
             member=self.name,
@@ -165,7 +172,9 @@ class Membership:
         heard = {}
         for name, text in news.posts.items():
             member, _, said = text.partition(" ")
-            if member != self.name:
+            if name == member != self.name:
+                self.on_bulletin(said)
+            elif member != self.name:
                 self._posted.pop(name, None)  # theirs is newer
                 heard[name] = said
         if heard:
