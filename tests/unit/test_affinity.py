@@ -202,7 +202,11 @@ def test_asking_a_copy_changes_nothing(algorithm: str) -> None:
     before = places(line)
 
     shared = {id(one): one for one in line._ready}
-    assert copy.deepcopy(line, shared).choose((), 0.0) in line._ready
+    for key in KEYS[:50]:
+        foretold = copy.deepcopy(line, shared).choose((), 0.0, key)
+        assert foretold is not None
+        assert foretold.url == before[key]
+        copy.deepcopy(line, shared).choose({foretold}, 0.0, key)
 
     assert places(line) == before
 

@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.fellows import Fellows, fellows
-from tests.support.gateway import World, endpoint, fleet, gather, running_gateway
+from tests.support.gateway import World, chat, endpoint, fleet, gather, running_gateway
 from tests.support.raw_client import RawResponse
 from tests.support.scripted_engine import Script, close, hang, sleep, status, whole_chat
 from tests.unit.test_generations import adopt
@@ -89,6 +89,21 @@ async def test_another_header_may_name_the_session_and_it_is_passed_on(
     assert len(found) == 1
     assert headers["x-openwebui-chat-id"] == "c1"
     assert headers.keys().isdisjoint({"x-session-id", "cookie"})
+
+
+async def test_it_is_foretold_where_a_session_would_go(autojump_clock: MockClock) -> None:
+    async with running_gateway(sticky({"m": FOUR})) as world:
+        moved = [("X-Session-ID", "moved")]
+        first = await say(world, "moved")
+        await take_down(world, first)
+        await say(world, "moved")
+        await put_back(world, first)
+        for headers, user in ((moved, "x"), ([], "1"), ([], "2"), ([], "3")):
+            body = {**chat("m"), "user": user}
+            report = (await world.send("POST", "/models/route", body, headers)).json()
+            answer = await world.ask("m", headers, user=user)
+
+            assert report["would_pick"]["endpoint"] == answer.header("x-citadel-backend")
 
 
 async def test_the_name_of_a_session_is_neither_logged_nor_counted_by(

@@ -107,10 +107,10 @@ class Group:
         """The same while none was tried."""
         return self.choose((), now)
 
-    def preview(self, now: float) -> Endpoint | None:
+    def preview(self, now: float, key: int | None = None) -> Endpoint | None:
         """Who would be chosen now, asked of a copy, so that nobody's turn is used up."""
         shared = {id(endpoint): endpoint for endpoint in self.upstreams}
-        return copy.deepcopy(self._roster, shared).choose((), now)
+        return copy.deepcopy(self._roster, shared).choose((), now, key)
 
     def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether an endpoint that was not *tried* is available, with room or without."""

@@ -59,8 +59,8 @@ class Sessions:
     _untold: dict[int, None] = attrs.field(factory=dict, init=False)
 
     def __deepcopy__(self, _: dict[int, object]) -> Sessions:
-        """Whoever only looks at what a choice would be changes nothing here."""
-        return self
+        """For who wants to know what a choice would be: without copying what it does not need."""
+        return _Glance(others=self)
 
     def find(self, key: int, now: float) -> Session | None:
         """The session *key*, which is in use."""
@@ -138,3 +138,16 @@ class Sessions:
         session.due = now + _AGAIN
         if self.is_shared and len(self._untold) < self.most:
             self._untold[key] = None
+
+
+@attrs.define(eq=False)
+class _Glance(Sessions):
+    """Knows what *others* know, and changes nothing there."""
+
+    others: Sessions = attrs.field(kw_only=True)
+
+    def find(self, key: int, now: float) -> Session | None:
+        session = self.others._known.get(key)
+        if session is None or now - session.used > self.others.idle:
+            return None
+        return attrs.evolve(session)
