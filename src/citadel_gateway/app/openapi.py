@@ -71,8 +71,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "Session": {
         "name": "x-session-id",
         "in": "header",
-        "description": "The session that the request belongs to, passed on to the engine; where the "
-        "gateway goes by sessions, they keep their engine. `session_header` may be another one.",
+        "description": "The session that the request belongs to, passed on to the engine. Where "
+        "the gateway goes by sessions, they keep theirs. `session_header` may be another one.",
         "schema": one("string"),
     },
     "Traceparent": {
