@@ -306,12 +306,12 @@ def test_a_session_that_was_not_used_for_long_is_forgotten() -> None:
 def test_no_more_sessions_are_remembered_than_there_is_room_for() -> None:
     sessions = Sessions(idle=60.0, most=100)
     line = roster("session_affinity", fleet(4), sessions)
+    elsewhere = move(line, KEYS[0], 0.0)
     for key in KEYS:
         where(line, key)
-        where(line, KEYS[0])
+        assert where(line, KEYS[0]) is elsewhere  # the one that is used
 
     assert len(sessions._known) == 100
-    assert sessions.find(KEYS[0], 0.0) is not None  # the one that is used
     assert sessions.find(KEYS[1], 0.0) is None
     for key in KEYS[1:60]:  # they expire two at a time, where new ones come
         where(line, key, 100.0)
@@ -423,7 +423,9 @@ def test_where_an_endpoint_joins_the_others_hear_that_the_session_has_stayed() -
     lured = next(k for k in KEYS if where(other, k ^ 0).url == "http://10.0.1.1:8000")
 
     assert where(line, lured, 1.0).url == before[lured]
-    assert tell(ours, theirs, other, 1, 1.0) == 1
+    ((_, place, stamp),) = ours.take_news(1, 9)
+    assert stamp == 1  # it has become a decision
+    theirs.hear(lured, next(one for one in other._ready if one.url == place.url), stamp, 1.0)
 
     assert where(other, lured, 1.0).url == before[lured]
 

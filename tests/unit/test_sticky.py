@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -37,6 +38,17 @@ def host(response: RawResponse) -> str:
 async def say(world: World, session: str, model: str | None = "m", **fields: Any) -> str:
     """Who answers a request of *session*."""
     return host(await world.ask(model, [("X-Session-ID", session)], **fields))
+
+
+async def sessions_at(world: World, place: str, count: int) -> list[str]:
+    """So many that are at home there."""
+    found: list[str] = []
+    for n in range(1000):
+        if await say(world, f"one{n}") == place:
+            found.append(f"one{n}")
+            if len(found) == count:
+                return found
+    raise AssertionError("nobody is at home there")
 
 
 async def take_down(several: Fellows | World, name: str) -> None:
@@ -267,6 +279,29 @@ async def test_embeddings_without_a_session_are_spread(autojump_clock: MockClock
     assert set(+asked) == set(FOUR)
 
 
+async def test_a_session_has_a_place_with_each_model(autojump_clock: MockClock) -> None:
+    async with running_gateway(sticky({"m": FOUR, "n": ["e", "f"]})) as world:
+        first = await say(world, "s")
+        await take_down(world, first)
+        second = await say(world, "s")
+        await put_back(world, first)
+        await say(world, "s", "n")
+
+        assert await say(world, "s") == second
+
+
+@both
+async def test_heavier_endpoints_have_more_sessions(
+    autojump_clock: MockClock, algorithm: str
+) -> None:
+    models = {"m": {"endpoints": [{"url": endpoint("a"), "weight": 2},
+                                  {"url": endpoint("b"), "weight": 8}]}}  # fmt: skip
+    async with running_gateway(sticky(models, algorithm)) as world:
+        found = Counter([await say(world, str(n)) for n in range(100)])
+
+    assert 70 <= found["b"] <= 90
+
+
 # Several gateways with one store.
 
 
@@ -323,15 +358,16 @@ async def test_without_the_store_each_goes_by_what_it_knows_and_tells_it_afterwa
         for store in several.stores:
             store.is_out = True
         await trio.sleep(10)
-        await take_down(several, home)
-        second = await say(several[0], "s")
-        await put_back(several, home)
-        assert await say(several[0], "s") == second
+        moved = {}
+        for session in await sessions_at(several[0], home, 2):  # one long after the other
+            await take_down(several, home)
+            moved[session] = await say(several[0], session)
+            await put_back(several, home)
         for store in several.stores:
             store.is_out = False
         await trio.sleep(HEARD)
 
-        assert await say(several[1], "s") == second
+        assert {session: await say(several[1], session) for session in moved} == moved
 
 
 async def test_more_moves_than_fit_into_one_meeting_are_told_in_several(
@@ -343,10 +379,35 @@ async def test_more_moves_than_fit_into_one_meeting_are_told_in_several(
         await take_down(several, "a")
         moved = {session: await say(several[0], session) for session in sessions}
         assert "a" not in moved.values()
+        name = several[0].service.membership.name  # type: ignore[union-attr]
+        steps = [0]  # how many were told in the first two seconds
+        for _ in range(200):
+            await trio.sleep(0.01)
+            told = orjson.loads(several.memory.board.posts[name][1].partition(" ")[2])
+            steps.append(sum(map(len, told.values())))
+        assert max(later - earlier for earlier, later in pairwise(steps)) == 5
         await put_back(several, "a")
         await trio.sleep(10)
 
         assert {session: await say(several[1], session) for session in sessions} == moved
+
+
+async def test_what_is_decided_after_something_was_heard_counts_more_whatever_the_clocks_say(
+    autojump_clock: MockClock,
+) -> None:
+    async with fellows(sticky({"m": FOUR}), 2, FOUR) as several:
+        home = await say(several[0], "s")
+        membership = several[0].service.membership
+        assert membership is not None
+        heard = int((membership.now() + 3600) * 1000) << 16
+        membership.on_bulletin(orjson.dumps({"nowhere": [[1, heard]]}).decode())
+        await take_down(several, home)
+        await say(several[0], "s")
+        await trio.sleep(HEARD)
+
+        said = several.memory.board.posts[membership.name][1].partition(" ")[2]
+        (((_, stamp),),) = orjson.loads(said).values()
+        assert stamp > heard
 
 
 async def test_what_a_gateway_has_told_goes_with_it(autojump_clock: MockClock) -> None:
