@@ -31,10 +31,10 @@ class Membership:
     :param lease: seconds that its word is good for.
     :param patience: a meeting that takes longer does not count.
     :param members: how many there are, as far as is known.
+    :param on_change: told when it is alone (true) or among others again, and why.
     :param bulletin: asked before each meeting what it says under its own name, if that is new; it
         takes the place of what was said before, and goes with the member.
     :param on_bulletin: given what another one says under its own.
-    :param on_change: told when it is alone (true) or among others again, and why.
     """
 
     store: Store
@@ -48,9 +48,9 @@ class Membership:
     won: frozenset[str] = attrs.field(default=frozenset(), init=False)  # tasks it does for all
     claims: Callable[[], Iterable[str]] = attrs.field(default=tuple, init=False)
     on_posts: Callable[[Mapping[str, str]], None] = attrs.field(default=lambda _: None, init=False)
+    on_news: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     bulletin: Callable[[], str | None] = attrs.field(default=lambda: None, init=False)
     on_bulletin: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
-    on_news: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     _known: bool = attrs.field(default=False, init=False)  # whether it is alone was told
     _row: int = attrs.field(default=0, init=False)  # misses in a row
     _seen: int = attrs.field(default=0, init=False)
