@@ -143,6 +143,19 @@ def test_no_key_is_a_trap_however_many_requests_have_it(algorithm: str) -> None:
 
 
 @both
+def test_what_others_have_given_the_endpoints_counts_too(algorithm: str) -> None:
+    endpoints = fleet(4)
+    line = roster(algorithm, endpoints)
+    for one in endpoints:
+        one.in_flight = 50  # of which nobody tells: see `Picker`
+
+    hold(line, KEYS[0], 100)
+
+    bound = {"consistent_hash": 1.25, "session_affinity": 2.0}[algorithm]
+    assert max(one.in_flight for one in endpoints) <= bound * 300 / 4 + 1
+
+
+@both
 def test_a_few_requests_at_once_stay_together(algorithm: str) -> None:
     endpoints = fleet(4)
 

@@ -130,6 +130,10 @@ class ConsistentHash:
         def order(endpoint: Endpoint) -> tuple[bool, int]:
             return self._is_busy(endpoint, _ENTERS), self._ring.distance(key, endpoint)
 
+        for endpoint in self._line:
+            self._note(
+                endpoint, endpoint.in_flight
+            )  # so that who is busy is known, and not guessed
         left = [endpoint for endpoint in self._line if endpoint not in tried]
         for endpoint in sorted(left, key=order):
             if fits(endpoint):
@@ -140,6 +144,7 @@ class ConsistentHash:
         has = endpoint.in_flight
         if has < _LITTLE * endpoint.warmth:
             return False
+        self._note(endpoint, has)
         return has * self._whole >= most * (self._load + 1) * self._parts[endpoint]
 
     def _take(self, endpoint: Endpoint) -> Endpoint:
