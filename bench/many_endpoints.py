@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 
 import trio
 
@@ -43,10 +44,12 @@ def make_group(algorithm: str, size: int) -> Group:
 def place_cost(group: Group) -> float:
     """Microseconds of a request's way in and out, with 64 others under way."""
     room, held = Waitroom(seats=10**6, room=100), deque[Ticket]()
+    draw = random.Random(1).getrandbits
+    keys = cycle([draw(64) for _ in range(1000)])  # of as many sessions
 
     def one_request() -> None:
         group.is_any_left(NOBODY, 1.0)
-        ticket = Ticket("m", (group, NOBODY), partial(group.choose, NOBODY))
+        ticket = Ticket("m", (group, NOBODY), partial(group.choose, NOBODY, key=next(keys)))
         room.enter(ticket, 1.0)
         held.append(ticket)
         if len(held) > 64:

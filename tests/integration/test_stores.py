@@ -283,6 +283,22 @@ async def test_of_too_many_posts_the_oldest_are_forgotten(
         assert news.posts == {"health 4": "well", "health 2": "ill", "health 5": "well"}
 
 
+async def test_what_a_member_posts_under_its_own_name_goes_with_it(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        for member in ("one", "two", "three"):
+            await store.meet(says(member, posts={member: "text", f"of {member}": "stays"}))
+        assert {"one", "two", "three"} < (await store.meet(says("other"))).posts.keys()
+
+        await store.meet(says("one", lease=0.0))
+        clock.now += LEASE - 0.1
+        await store.meet(says("two"))
+        clock.now += 0.2
+
+        news = await store.meet(says("other"))
+        assert news.posts.keys() == {"two", "of one", "of two", "of three"}
+
+
 async def test_members_notice_that_the_board_was_emptied(make: Opening) -> None:
     clock = Clock()
     async with make(clock) as store:

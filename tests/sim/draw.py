@@ -218,6 +218,7 @@ class _Draw:
             reports=rng.random() < 0.05,
         )
         self.hedge(config)
+        self.affinity(scenario)
         return scenario
 
     # The fleet.
@@ -383,6 +384,17 @@ class _Draw:
                 model["hedge"] = True
                 model["hedge_after"] = rng.choice([0.02, 0.05, 0.1, 0.3, 1.0, None])
                 config["load_balancer"]["retry_ambiguous"] = "stateless"
+
+    def affinity(self, scenario: Scenario) -> None:
+        """Drawn after all else, too: requests that belong together."""
+        rng = self.rng
+        if rng.random() < 0.2:
+            algorithm = rng.choice(["consistent_hash", "session_affinity"])
+            scenario.config["load_balancer"]["algorithm"] = algorithm
+            users = rng.choice([1, 2, 5])
+            for ask in (ask for client in scenario.clients for ask in client.asks):
+                if rng.random() < 0.8:
+                    ask.body["user"] = f"user-{rng.randrange(users)}"
 
     def clocks(self) -> dict[str, float]:
         rng = self.rng

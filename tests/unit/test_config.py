@@ -146,6 +146,30 @@ def test_an_origin_is_written_as_browsers_send_it(written: str, hint: str) -> No
     assert problem.endswith(hint)
 
 
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        ("authorization", "is not the name of a header that begins with X-"),
+        ("x-a b", "is not the name of a header that begins with X-"),
+        ("x-", "is not the name of a header that begins with X-"),
+        (7, "is not the name of a header that begins with X-"),
+        ("X-Request-ID", "means something else to the gateway"),
+        ("x-citadel-timeout", "means something else to the gateway"),
+    ],
+)
+def test_no_credential_can_be_taken_for_a_session(written: object, why: str) -> None:
+    """As it is passed on."""
+    [problem] = problems(with_section("load_balancer", session_header=written))
+
+    assert problem == f"load_balancer.session_header: {written!r} {why}"
+
+
+def test_the_name_of_the_sessions_header_may_be_written_in_any_case() -> None:
+    config = parse(with_section("load_balancer", session_header="X-OpenWebUI-Chat-Id"))
+
+    assert config.load_balancer.session_header == "x-openwebui-chat-id"
+
+
 def test_a_network_has_no_host_bits() -> None:
     [problem] = problems(with_section("security", trusted_proxies=["10.0.0.0/8", "10.0.0.1/8", 1]))[
         :1
@@ -228,8 +252,8 @@ def test_every_problem_is_reported_at_once_by_its_path() -> None:
         "service.worker: unknown option; did you mean 'workers'?",
         "service.port: 'x' is not a port (0 to 65535)",
         "load_balancer.algorithm: 'round_robbin' is not one of round_robin, weighted_round_robin, "
-        "random, least_connections, power_of_two, least_latency, cost; "
-        "did you mean 'round_robin'?",
+        "random, least_connections, power_of_two, least_latency, cost, consistent_hash, "
+        "session_affinity; did you mean 'round_robin'?",
         "models.two words: 'two words' is not a name: 1 to 128 characters without white space",
         "models.hermes-2.endpoints[1].weigth: unknown option; did you mean 'weight'?",
         "models.hermes-2.endpoints[1].url: is required",

@@ -51,7 +51,10 @@ def test_new_ids_differ() -> None:
 def test_only_the_trace_context_passes() -> None:
     trace = [(b"traceparent", b"00-a-b-01"), (b"tracestate", b"k=v")]
 
-    assert tracing(Fields([(b"authorization", b"x"), *trace, (b"cookie", b"y")])) == trace
+    assert (
+        tracing(Fields([(b"authorization", b"x"), *trace, (b"cookie", b"y")]), b"x-session-id")
+        == trace
+    )
 
 
 @pytest.mark.parametrize(

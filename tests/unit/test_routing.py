@@ -32,6 +32,8 @@ ALGORITHMS = [
     "least_connections",
     "power_of_two",
     "least_latency",
+    "consistent_hash",
+    "session_affinity",
     "cost",
 ]
 

@@ -27,6 +27,8 @@ ALGORITHMS = [
     "power_of_two",
     "least_latency",
     "cost",
+    "consistent_hash",
+    "session_affinity",
 ]
 
 

@@ -12,6 +12,7 @@ import ipaddress
 import random
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -215,6 +216,7 @@ class Findings:
         return time - self.membership.now() + now
 
 
+@lru_cache(4096)
 def _is_local(url: str) -> bool:
     """Whether every host means a server of its own by it."""
     host = urlsplit(url.partition(" [")[0]).hostname or ""

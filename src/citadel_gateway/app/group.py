@@ -85,12 +85,15 @@ class Group:
             self._roster.remove(endpoint)
             endpoint.unwatch(self._forget_when_idle)
 
-    def choose(self, tried: Container[Endpoint], now: float) -> Choice:
-        """An endpoint that was not *tried*; ``None`` while all that could take it are full."""
-        endpoint = self._roster.choose(tried, now)
+    def choose(self, tried: Container[Endpoint], now: float, key: int | None = None) -> Choice:
+        """An endpoint that was not *tried*; ``None`` while all that could take it are full.
+
+        :param key: of what the request belongs to, if that matters.
+        """
+        endpoint = self._roster.choose(tried, now, key)
         if endpoint is None and self._roster.hurry(now):
             self.on_room()
-            endpoint = self._roster.choose(tried, now)
+            endpoint = self._roster.choose(tried, now, key)
         if endpoint is not None:
             return endpoint
         if self._roster.is_any_full(tried, now):
@@ -107,10 +110,10 @@ class Group:
         """The same while none was tried."""
         return self.choose((), now)
 
-    def preview(self, now: float) -> Endpoint | None:
+    def preview(self, now: float, key: int | None = None) -> Endpoint | None:
         """Who would be chosen now, asked of a copy, so that nobody's turn is used up."""
         shared = {id(endpoint): endpoint for endpoint in self.upstreams}
-        return copy.deepcopy(self._roster, shared).choose((), now)
+        return copy.deepcopy(self._roster, shared).choose((), now, key)
 
     def is_any_left(self, tried: Container[Endpoint], now: float) -> bool:
         """Whether an endpoint that was not *tried* is available, with room or without."""

@@ -186,6 +186,7 @@ class Doorkeeper:
         self._proxies = [ipaddress.ip_network(n) for n in config.security.trusted_proxies]
         self._most_bytes = config.performance.max_body_bytes
         self._allowed = config.performance.request_timeout_seconds
+        self._session_header = config.load_balancer.session_header.encode()
         self.limiter = Limiter(config, membership)
         self.is_far = self.limiter.is_far  # then it takes `admit_far`
 
@@ -244,7 +245,7 @@ class Doorkeeper:
             allowed=min(longest, self._allowed),
             shortened=longest < self._allowed,
             longest=longest,
-            tracing=tracing(fields),
+            tracing=tracing(fields, self._session_header),
             party=self.party(visitor, fields),
         )
         return found

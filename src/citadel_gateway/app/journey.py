@@ -33,6 +33,7 @@ class Job:
     :param shortened: the client asked for that deadline by header.
     :param longest: seconds from its arrival that the client said it would wait.
     :param party: whose turn it takes when there is a queue.
+    :param key: of what it belongs to, such as a session; ``None`` if that does not matter.
     """
 
     request: InferenceRequest
@@ -44,6 +45,7 @@ class Job:
     shortened: bool
     party: Party
     longest: float = math.inf
+    key: int | None = None
 
 
 @attrs.define(eq=False)
@@ -74,7 +76,7 @@ class Journey:
         self.ticket = Ticket(
             group.name,
             group,
-            group.choose_any,
+            group.choose_any if job.key is None else partial(group.choose, (), key=job.key),
             job.party,
             request.prompt_tokens,
             math.inf if request.max_tokens is None else request.max_tokens * request.choices,
@@ -135,7 +137,7 @@ class Journey:
         tried = frozenset(self.tried)
         self.ticket.queue = self.group.name
         self.ticket.group = (self.group, tried) if tried else self.group
-        self.ticket.choose = partial(self.group.choose, tried)
+        self.ticket.choose = partial(self.group.choose, tried, key=self.job.key)
 
     def upstream(self, endpoint: Endpoint) -> Upstream:
         """How to speak to *endpoint*, which is in its group, or was when it was asked before."""

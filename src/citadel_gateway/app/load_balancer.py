@@ -8,6 +8,7 @@ from collections.abc import Callable, Set
 from contextlib import suppress
 from functools import partial
 from weakref import WeakValueDictionary
+from zlib import crc32
 
 import attrs
 import httpx
@@ -24,11 +25,13 @@ from citadel_gateway.io.health_monitoring import HealthChecker, check_all
 from citadel_gateway.io.resolver import Resolver, is_address
 from citadel_gateway.io.target import split_url
 from citadel_gateway.io.transport import make_probe_client
+from citadel_gateway.policy.affinity import Affinity
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.cordons import Cordons
 from citadel_gateway.policy.endpoint import Endpoint, nobody_asks
 from citadel_gateway.policy.quorum import Quorum
 from citadel_gateway.policy.selection import Share, evenly, make_picker, share_by_cost
+from citadel_gateway.policy.sessions import Sessions
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
 
 
@@ -68,6 +71,14 @@ class LoadBalancer:
             share=share,
             endpoints=WeakValueDictionary() if previous is None else previous.maker.endpoints,
         )
+        balancing = config.load_balancer
+        self.sessions: Sessions = Sessions() if previous is None else previous.sessions
+        # In which clients say what their requests belong to, if that matters.
+        self.session_header: bytes | None = (
+            balancing.session_header.encode() if balancing.algorithm.goes_by_key else None
+        )
+        if previous is None:
+            self.sessions.idle = balancing.session_ttl
         self.models = {
             str(name): self._make_model(name, model) for name, model in config.models.items()
         }
@@ -121,6 +132,7 @@ class LoadBalancer:
         It waits for nobody, so that nobody sees half of it.  From now on only this one follows
         names and chooses; *previous* still knows what its own requests began with.
         """
+        self.sessions.idle = self.config.load_balancer.session_ttl
         for source in self.sources:
             self._follow(source, previous)
         previous.sources.clear()
@@ -385,8 +397,10 @@ class LoadBalancer:
         cheapest: float | None = None,
     ) -> Group:
         algorithm = self.config.load_balancer.algorithm.value
-        picker = make_picker(algorithm, self._rng, share)
-        basis = (algorithm, cheapest)
+        heaviest = max(e.weight or 1.0 for m in models for e in m.config.all_endpoints())
+        affinity = Affinity(heaviest=heaviest, salt=crc32(name.encode()), sessions=self.sessions)
+        picker = make_picker(algorithm, self._rng, share, affinity)
+        basis = (algorithm, cheapest, heaviest if self.session_header else None)
         return Group(name, tuple(models), picker, share, basis, on_room=self._on_room)
 
     def _make_model(self, name: str, config: ModelConfig) -> Model:

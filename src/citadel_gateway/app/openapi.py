@@ -68,6 +68,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "`max_priority`, never raise it; without keys, that is `default`.",
         "schema": one("string", enum=list(NAMES)),
     },
+    "Session": {
+        "name": "x-session-id",
+        "in": "header",
+        "description": "The session that the request belongs to, passed on to the engine. Where "
+        "the gateway goes by sessions, they keep theirs. `session_header` may be another one.",
+        "schema": one("string"),
+    },
     "Traceparent": {
         "name": "traceparent",
         "in": "header",
@@ -304,7 +311,9 @@ def generation(
         "operationId": name,
         "tags": ["Generation"],
         "summary": summary,
-        "parameters": [parameter(p) for p in ("RequestId", "Timeout", "Priority", "Traceparent")],
+        "parameters": [
+            parameter(p) for p in ("RequestId", "Timeout", "Priority", "Session", "Traceparent")
+        ],
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": ref(request), "example": example}},

@@ -27,6 +27,7 @@ from citadel_gateway.policy.priority import NAMES
 from citadel_gateway.wire.headers import Fields, Headers, request_id
 from citadel_gateway.wire.http1_rules import BadRequest
 from citadel_gateway.wire.openai_request import AUTO, Kind, parse_request
+from citadel_gateway.wire.session import parse_with_key
 
 ROUTES = {"/v1" + kind.value: kind for kind in Kind}
 _LAST_WORDS = 1.0  # seconds, for telling a client that its stream is cut because we stop
@@ -180,7 +181,11 @@ class Relay:
         record.bytes_in = len(body)
         if not asked.was_complete:
             record.received = trio.current_time()
-        request = parse_request(ROUTES[record.route], body)
+        header = self.balancer.session_header
+        if header is None:
+            request, session = parse_request(ROUTES[record.route], body), None
+        else:
+            request, session = parse_with_key(ROUTES[record.route], body, fields.get(header))
         record.stream = request.stream
         plan = self.balancer.plan(request, key)
         record.model = "" if plan.groups[0].name == AUTO else plan.groups[0].name
@@ -195,6 +200,7 @@ class Relay:
             shortened=head.shortened,
             longest=head.longest,
             party=head.party,
+            key=session,
         )
 
     async def _read_body(self, asked: _Request, most: int, record: RequestRecord) -> bytes:

@@ -93,14 +93,19 @@ class Reports:
             },
         }
 
-    def route(self, request: InferenceRequest, key: ApiKey | None, now: float) -> Json:
-        """Where *request* would go right now, and why.  Raises ``GatewayError`` as routing does."""
+    def route(
+        self, request: InferenceRequest, session: int | None, key: ApiKey | None, now: float
+    ) -> Json:
+        """Where *request* would go right now, and why.  Raises ``GatewayError`` as routing does.
+
+        :param session: the key of what it belongs to.
+        """
         plan = self.balancer.plan(request, key)
         return {
             "reason": plan.reason,
             "algorithm": self.balancer.config.load_balancer.algorithm.value,
             "prompt_tokens_estimate": request.prompt_tokens,
-            "would_pick": _preview(plan.groups[0], now),
+            "would_pick": _preview(plan.groups[0], session, now),
             "groups": [
                 {
                     "name": group.name,
@@ -185,6 +190,6 @@ def _why_not(endpoint: Endpoint, now: float) -> str | None:
     return None
 
 
-def _preview(group: Group, now: float) -> Json | None:
-    choice = group.preview(now)
+def _preview(group: Group, session: int | None, now: float) -> Json | None:
+    choice = group.preview(now, session)
     return None if choice is None else {"model": choice.model, "endpoint": choice.url}

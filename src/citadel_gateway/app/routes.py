@@ -31,7 +31,8 @@ from citadel_gateway.errors import (
 from citadel_gateway.io.metrics import CONTENT_TYPE
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.wire.headers import Fields
-from citadel_gateway.wire.openai_request import Kind, parse_request
+from citadel_gateway.wire.openai_request import Kind
+from citadel_gateway.wire.session import parse_with_key
 
 _MOST_BODY = 2**20
 _LIVE = ("/livez", "/healthz", "/health/liveliness")
@@ -128,8 +129,10 @@ def _add_models(app: QuartTrio, gateway: Gateway) -> None:
         else:
             gateway.doorkeeper.admit(visitor, trio.current_time())
         data = await request.get_data(as_text=False)
-        asked = parse_request(Kind.CHAT, data if isinstance(data, bytes) else data.encode())
-        return _json(gateway.reports.route(asked, visitor.key, trio.current_time()))
+        body = data if isinstance(data, bytes) else data.encode()
+        named = request.headers.get(gateway.config.load_balancer.session_header, "")
+        asked, session = parse_with_key(Kind.CHAT, body, named.encode("latin-1"))
+        return _json(gateway.reports.route(asked, session, visitor.key, trio.current_time()))
 
     _get(app, "/v1/models", models)
     _get(app, "/v1/models/<path:name>", model)

@@ -37,6 +37,7 @@ from citadel_gateway.app.reload_news import ReloadNews
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import PROBED, make_quart_app
 from citadel_gateway.app.server import Server
+from citadel_gateway.app.session_news import SessionNews
 from citadel_gateway.app.tls_files import (
     TlsFiles,
     api_address,
@@ -175,6 +176,13 @@ class UnifiedAPIGatewayService:
             )
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
+        if self.membership is not None and self.findings is not None:
+            SessionNews(
+                self.membership,
+                self.balancer.sessions,
+                endpoints=lambda: (u.endpoint for u in self.balancer.upstreams),
+                name=self.findings.name,
+            )
         self.operations = Operations(lambda: self.balancer, self._rests.note, self._chronicle.order)
         self.host: Host = Alone(self.metrics, self.operations)
         self.generations = [self.generation]  # those that have requests, the current one last

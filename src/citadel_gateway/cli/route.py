@@ -23,7 +23,8 @@ from citadel_gateway.cli.common import (
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.errors import GatewayError
 from citadel_gateway.policy.waitroom import Waitroom
-from citadel_gateway.wire.openai_request import Kind, parse_request
+from citadel_gateway.wire.openai_request import Kind
+from citadel_gateway.wire.session import parse_with_key
 
 
 @click.command()
@@ -76,7 +77,8 @@ def _offline(config: GatewayConfigSchema, body: dict[str, Any]) -> dict[str, Any
         upstream.endpoint.health.observe(None, now)
     reports = Reports(balancer, Waitroom(1, 0), 0)
     try:
-        return reports.route(parse_request(Kind.CHAT, orjson.dumps(body)), None, now)
+        request, session = parse_with_key(Kind.CHAT, orjson.dumps(body), None)
+        return reports.route(request, session, None, now)
     except GatewayError as error:
         leave(error.message, EXIT_FAILED)
 

@@ -163,6 +163,15 @@ def _url_path(raw: Any, _: Any) -> str:
     return raw
 
 
+def _header_name(raw: Any, _: Any) -> str:
+    name = raw.lower() if isinstance(raw, str) else ""
+    if not re.fullmatch(r"x-[a-z0-9-]{1,62}", name):
+        raise ValueError(f"{show(raw)} is not the name of a header that begins with X-")
+    if name == "x-request-id" or name.startswith("x-citadel-"):
+        raise ValueError(f"{show(raw)} means something else to the gateway")
+    return name
+
+
 def _origin(raw: Any, _: Any) -> str:
     pattern = r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+"
     text = raw if isinstance(raw, str) else ""
@@ -247,6 +256,7 @@ HOOKS: dict[Any, Hook] = {
     v.StoreUrl: _store_url,
     v.KeyPrefix: _key_prefix,
     v.UrlPath: _url_path,
+    v.HeaderName: _header_name,
     v.Name: name_hook,
     v.Sha256: _sha256,
     v.Network: _network,

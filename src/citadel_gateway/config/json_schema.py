@@ -40,6 +40,7 @@ _VALUES: Mapping[Any, Schema] = {
     },
     v.StoreUrl: {"type": "string", "pattern": "^(rediss?://[^@?#\\s]+|unix:/\\S+)$"},
     v.KeyPrefix: {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
+    v.HeaderName: {"type": "string", "pattern": "^[Xx]-[A-Za-z0-9-]{1,62}$"},
     v.UrlPath: {"type": "string", "pattern": "^(/[A-Za-z0-9._~-]+)+$"},
     v.Name: {"type": "string", "pattern": "^\\S+$", "maxLength": 128},
     v.Secret: {"type": "string", "minLength": 1},

@@ -17,6 +17,7 @@ from citadel_gateway.config.values import (
     Count,
     Engine,
     Grace,
+    HeaderName,
     HttpServer,
     KeyPrefix,
     LogLevel,
@@ -117,6 +118,14 @@ class LoadBalancerConfig:
     """How endpoints are picked, watched, rested and retried."""
 
     algorithm: Algorithm = option(Algorithm.ROUND_ROBIN, "How an endpoint is picked.")
+    session_header: HeaderName = option(
+        HeaderName("x-session-id"),
+        "Header in which clients name their session, for consistent_hash and session_affinity; "
+        "it is passed on to the endpoint.",
+    )
+    session_ttl: Seconds = option(
+        Seconds(3600.0), "How long session_affinity remembers where an idle session was."
+    )
     health_check_interval: Seconds = option(
         Seconds(30.0), "Between two probes of a healthy endpoint."
     )

@@ -48,6 +48,9 @@ StoreUrl = NewType("StoreUrl", str)
 KeyPrefix = NewType("KeyPrefix", str)
 """1 to 64 letters, digits, and any of ``._:-``."""
 
+HeaderName = NewType("HeaderName", str)
+"""The name of a header that begins with ``x-`` and is none of the gateway's own."""
+
 UrlPath = NewType("UrlPath", str)
 """An absolute path such as ``/health``."""
 
@@ -77,6 +80,13 @@ class Algorithm(enum.Enum):
     POWER_OF_TWO = "power_of_two"
     LEAST_LATENCY = "least_latency"
     COST = "cost"
+    CONSISTENT_HASH = "consistent_hash"
+    SESSION_AFFINITY = "session_affinity"
+
+    @property
+    def goes_by_key(self) -> bool:
+        """Whether it matters to it what a request belongs to."""
+        return self in (Algorithm.CONSISTENT_HASH, Algorithm.SESSION_AFFINITY)
 
 
 class Engine(enum.Enum):

@@ -6,6 +6,9 @@ task has one holder: whoever claimed it first, as long as he comes by.  It leave
 what a probe has found, and takes with it those that are newer than the last it saw.  Who stays
 away is forgotten, and what he held is free for the next who claims it.
 
+What a member posts under its own name goes with it: that way nothing is kept for those who never
+come back.
+
 A board that has lost everything is one that nobody has come by yet: members notice by its version,
 which went back, and leave their posts again.
 """
@@ -81,7 +84,7 @@ class Board:
             for task in statement.claims:
                 self.holders.setdefault(task, [me, until])
         else:
-            self.members.pop(me, None)
+            self._strike(me)
         won = {t for t in statement.claims if self.holders.get(t, [None])[0] == me}
         was_emptied = statement.seen > self.version
         seen = 0 if was_emptied else statement.seen
@@ -101,6 +104,10 @@ class Board:
 
     def _forget(self, now: float) -> None:
         for member in [m for m, until in self.members.items() if until <= now]:
-            del self.members[member]
+            self._strike(member)
         for task in [t for t, (_, until) in self.holders.items() if until <= now]:
             del self.holders[task]
+
+    def _strike(self, member: str) -> None:
+        self.members.pop(member, None)
+        self.posts.pop(member, None)

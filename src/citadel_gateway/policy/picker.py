@@ -10,7 +10,7 @@ believed is noticed when its turn comes, less busy must be told by :meth:`Picker
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from citadel_gateway.policy.endpoint import Endpoint
 
@@ -45,3 +45,13 @@ class Picker(Protocol):
 
     def pick(self, tried: Container[Endpoint], fits: Fits) -> Endpoint | None:
         """One that was not *tried* and fits."""
+
+
+@runtime_checkable
+class KeyedPicker(Picker, Protocol):
+    """One that goes by what a request belongs to."""
+
+    def pick_for(
+        self, key: int, tried: Container[Endpoint], fits: Fits, now: float, /
+    ) -> Endpoint | None:
+        """The same for what has this *key*, of 64 bits."""

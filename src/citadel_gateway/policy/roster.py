@@ -23,7 +23,7 @@ from typing import TypeAlias
 import attrs
 
 from citadel_gateway.policy.endpoint import Endpoint
-from citadel_gateway.policy.picker import Picker
+from citadel_gateway.policy.picker import KeyedPicker, Picker
 
 _Entry: TypeAlias = tuple[float, int, Endpoint]  # when, and in which order at the same time
 
@@ -33,6 +33,7 @@ class Roster:
     """The endpoints of a group, and the picker that orders them."""
 
     picker: Picker
+    _keyed: KeyedPicker | None = attrs.field(default=None, init=False)  # the same, if it is one
     _ready: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _full: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _away: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
@@ -41,6 +42,12 @@ class Roster:
     _warming: dict[Endpoint, None] = attrs.field(factory=dict, init=False)
     _serial: int = attrs.field(default=0, init=False)
     _now: float = attrs.field(default=0.0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._order_by(self.picker)
+
+    def _order_by(self, picker: Picker) -> None:
+        self.picker, self._keyed = picker, picker if isinstance(picker, KeyedPicker) else None
 
     def add(self, endpoints: Iterable[Endpoint]) -> None:
         """Take them in; they get their first turns in the order given."""
@@ -58,7 +65,7 @@ class Roster:
     def reorder(self, picker: Picker) -> None:
         """Let *picker* order them from now on, those first who would have come first before."""
         line = [endpoint for endpoint in self.picker.in_order() if endpoint in self._ready]
-        self.picker = picker
+        self._order_by(picker)
         for i, endpoint in enumerate(line):
             picker.join(endpoint, i / len(line))
         self._steps.clear()  # they may be due at other times, too
@@ -75,13 +82,17 @@ class Roster:
         self.picker.forget(endpoint)
         endpoint.unwatch(self.eased)
 
-    def choose(self, tried: Container[Endpoint], now: float) -> Endpoint | None:
-        """One that was not *tried*, is available and has room."""
+    def choose(
+        self, tried: Container[Endpoint], now: float, key: int | None = None
+    ) -> Endpoint | None:
+        """One that was not *tried*, is available and has room; the right one for *key*."""
         self._now = now
         if self._returns and self._returns[0][0] <= now:
             self._return(now)
         if self._steps and self._steps[0][0] <= now:
             self._step(now)
+        if key is not None and self._keyed is not None:
+            return self._keyed.pick_for(key, tried, self._fits, now)
         return self.picker.pick(tried, self._fits)
 
     def hurry(self, now: float) -> bool:

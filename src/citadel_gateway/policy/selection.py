@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import attrs
 
+from citadel_gateway.policy.affinity import Affinity, ConsistentHash, SessionAffinity
 from citadel_gateway.policy.drawing import PowerOfTwo, Urn, WeightedRandom
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.picker import Fits, Picker, Score
@@ -166,15 +167,23 @@ class Least:
             heappush(self._line, entry)
 
 
-def make_picker(algorithm: str, rng: random.Random, share: Share | None = None) -> Picker:
+def make_picker(
+    algorithm: str,
+    rng: random.Random,
+    share: Share | None = None,
+    affinity: Affinity | None = None,
+) -> Picker:
     """A fresh picker for one group of endpoints; *algorithm* as named in the configuration."""
-    share = share or evenly
+    share, affinity = share or evenly, affinity or Affinity()
 
     def turns(endpoint: Endpoint) -> float:
         return endpoint.warmth * share(endpoint)
 
     def weigh(endpoint: Endpoint) -> float:
         return endpoint.weight * endpoint.warmth * share(endpoint)
+
+    def home(endpoint: Endpoint) -> float:
+        return endpoint.weight * share(endpoint) / affinity.heaviest
 
     def load(endpoint: Endpoint) -> Score:
         weight = endpoint.weight * endpoint.warmth * share(endpoint)
@@ -202,6 +211,10 @@ def make_picker(algorithm: str, rng: random.Random, share: Share | None = None) 
             return Least(expected_latency)
         case "cost":
             return Least(lambda e: (e.cost or 0.0, *load(e)))
+        case "consistent_hash":
+            return ConsistentHash(rng, home, weigh)
+        case "session_affinity":
+            return SessionAffinity(rng, home, weigh, affinity.sessions, affinity.salt)
     raise ValueError(f"unknown algorithm {algorithm!r}")
 
 

@@ -69,11 +69,12 @@ def request_id(fields: Fields) -> str:
     return f"{_ids.getrandbits(128):032x}"
 
 
-def tracing(fields: Fields) -> Headers:
-    """The W3C trace context, which passes through unchanged."""
-    if b"traceparent" not in fields:
-        return []
-    return [(name, fields[name]) for name in _TRACING if name in fields]
+def tracing(fields: Fields, session: bytes) -> Headers:
+    """The W3C trace context, and the header that names the *session*, pass through unchanged."""
+    passing = [(session, fields[session])] if session in fields else []
+    if b"traceparent" in fields:
+        passing += [(name, fields[name]) for name in _TRACING if name in fields]
+    return passing
 
 
 def duration_ms(seconds: float) -> bytes:

@@ -76,7 +76,11 @@ class InferenceRequest:
 
 def parse_request(kind: Kind, body: bytes) -> InferenceRequest:
     """Raises a :class:`GatewayError` with status 400 that names the field at fault."""
-    fields = parse_object(body)
+    return read_request(kind, body, parse_object(body))
+
+
+def read_request(kind: Kind, body: bytes, fields: dict[str, Any]) -> InferenceRequest:
+    """The same for a *body* of which the *fields* are known."""
     for name, value in fields.items():
         if (check := _CHECKS.get(name)) is not None and (problem := check(value)):
             raise invalid_request(f"'{name}' {problem}.", param=name, code="invalid_type")

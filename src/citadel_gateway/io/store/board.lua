@@ -18,8 +18,13 @@ else
   board = {version = 0, members = {}, holders = {}}
   redis.call('DEL', KEYS[2], KEYS[3])
 end
+local function strike(member)
+  board.members[member] = nil
+  redis.call('HDEL', KEYS[2], member)
+  redis.call('ZREM', KEYS[3], member)
+end
 for member, till in pairs(board.members) do
-  if till <= now then board.members[member] = nil end
+  if till <= now then strike(member) end
 end
 for task, holder in pairs(board.holders) do
   if holder[2] <= now or holder[1] == said.member then board.holders[task] = nil end
@@ -32,7 +37,7 @@ if said.lease > 0 then
     if board.holders[task][1] == said.member then won[#won + 1] = task end
   end
 else
-  board.members[said.member] = nil
+  strike(said.member)
 end
 local emptied = said.seen > board.version
 local seen = emptied and 0 or said.seen

@@ -33,6 +33,9 @@ class Membership:
     :param members: how many there are, as far as is known.
     :param readers: each is given what the others have left, by name.
     :param on_change: told when it is alone (true) or among others again, and why.
+    :param bulletin: asked before each meeting what it says under its own name, if that is new; it
+        takes the place of what was said before, and goes with the member.
+    :param on_bulletin: given what another one says under its own.
     """
 
     store: Store
@@ -47,6 +50,8 @@ class Membership:
     claims: Callable[[], Iterable[str]] = attrs.field(default=tuple, init=False)
     readers: list[Callable[[Mapping[str, str]], None]] = attrs.field(factory=list, init=False)
     on_news: Callable[[], None] = attrs.field(default=lambda: None, init=False)
+    bulletin: Callable[[], str | None] = attrs.field(default=lambda: None, init=False)
+    on_bulletin: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
     _known: bool = attrs.field(default=False, init=False)  # whether it is alone was told
     _row: int = attrs.field(default=0, init=False)  # misses in a row
     _seen: int = attrs.field(default=0, init=False)
@@ -127,6 +132,8 @@ class Membership:
             await self._meet()
 
     async def _meet(self) -> None:
+        if (said := self.bulletin()) is not None:
+            self._outbox[self.name] = f"{self.name} {said}"
         posts, self._outbox = self._outbox, {}
         statement = Statement(
             member=self.name,
@@ -166,7 +173,9 @@ class Membership:
         heard = {}
         for name, text in news.posts.items():
             member, _, said = text.partition(" ")
-            if member != self.name:
+            if name == member != self.name:
+                self.on_bulletin(said)
+            elif member != self.name:
                 self._posted.pop(name, None)  # theirs is newer
                 heard[name] = said
         if heard:
