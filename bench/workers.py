@@ -2,7 +2,8 @@
 
 CPU of the gateway's whole process tree, the supervisor included: over the answers, with 16 kept
 connections that each send their next request when they have the answer, or with ``--each 16`` as
-many for each worker; and over the chunks of 200 streams.  The turns alternate, so that a machine that gets busier is busier for all; medians.
+many for each worker; and over the chunks of 200 streams.  The turns alternate, so that a machine
+that gets busier is busier for all; medians.
 """
 
 from __future__ import annotations

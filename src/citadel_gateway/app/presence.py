@@ -37,7 +37,7 @@ class Presence:
     async def run(self) -> NoReturn:
         """Be there."""
         while True:
-            said = {"workers": self.workers, "at": self.membership.now()}
+            said = {"workers": self.workers, "at": round(self.membership.now())}
             self.membership.post(_KIND + self.host, orjson.dumps(said).decode())
             await trio.sleep(_EVERY)
 
