@@ -4,8 +4,11 @@ Requests come at random (Poisson) moments that are fixed beforehand, and latenci
 moments: a driver that is late, or that waits for an answer before it sends the next request, would
 leave out the very requests that have to wait.  How late it was itself is in the report, too.
 
-One bare epoll loop.  Clients keep their connections, and send head and body in two pieces, as the
-usual client libraries do.  Prints one JSON object.
+One bare epoll loop that nothing blocks, connecting included.  Clients keep their connections, and
+send head and body in two pieces, as the usual client libraries do.  Prints one JSON object.
+
+One process stands for thousands of clients, and when it reads late, no client has waited.  So the
+kernel's own time stamps tell when an answer had come; how late the driver sent is told apart.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import random
 import select
 import socket
+import struct
 import sys
 import time
 from collections import Counter
@@ -25,6 +29,9 @@ import httptools
 
 from bench.load import encode
 
+_SO_TIMESTAMPNS = 35
+_STAMP = struct.Struct("@qq")
+_STAMP_SPACE = socket.CMSG_SPACE(_STAMP.size)
 _SETTLES = 4.0  # seconds at the beginning that do not count: by then streams have begun to end
 
 
@@ -33,11 +40,13 @@ class Ask:
     """One request; moments are seconds of the driver's clock.
 
     :param due: when it was to be sent.
+    :param arrived: when the last of its answer was in the client's socket.
     """
 
     due: float
     sent: float
     first: float | None = None
+    arrived: float = 0.0
     ended: float = 0.0
     status: int = 0
     code: str = ""
@@ -53,6 +62,7 @@ class Client:
     body: bytes = b""
     complete: bool = False
     closing: bool = False
+    is_connected: bool = False
     parser: httptools.HttpResponseParser = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -86,7 +96,7 @@ class Driver:
     broken: int = attrs.field(default=0, init=False)
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _clients: dict[int, Client] = attrs.field(factory=dict, init=False)
-    _idle: list[Client] = attrs.field(factory=list, init=False)
+    _idle: dict[Client, None] = attrs.field(factory=dict, init=False)  # the last one is used first
     _waiting: int = attrs.field(default=0, init=False)
 
     def run(self) -> dict[str, Any]:
@@ -102,15 +112,27 @@ class Driver:
             if over and (not self._waiting or now >= began + self.seconds + self.patience + 10):
                 break
             wait = 0.1 if over else max(0.0, due - time.monotonic())
-            for fd, _ in self._epoll.poll(min(wait, 0.1)):
-                self._read(self._clients[fd])
+            for fd, events in self._epoll.poll(min(wait, 0.1)):
+                client = self._clients[fd]
+                if client.is_connected:
+                    self._read(client)
+                elif events & ~select.EPOLLOUT:
+                    self._drop(client)
+                else:
+                    client.is_connected = True
+                    self._epoll.modify(fd, select.EPOLLIN)
+                    self._ask(client)
         return self._report(began)
 
     def _send(self, due: float) -> None:
-        client = self._idle.pop() if self._idle else self._connect()
+        client = self._idle.popitem()[0] if self._idle else self._connect()
         client.ask = Ask(due, time.monotonic())
         self.asks.append(client.ask)
         self._waiting += 1
+        if client.is_connected:
+            self._ask(client)
+
+    def _ask(self, client: Client) -> None:
         head, end, body = self.raw.partition(b"\r\n\r\n")
         try:
             client.sock.send(head + end)
@@ -119,23 +141,31 @@ class Driver:
             self._drop(client)
 
     def _connect(self) -> Client:
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        """It is a client at once, and asks when the connection is there."""
+        sock = socket.socket()
         sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        sock.connect_ex(("127.0.0.1", self.port))
         client = self._clients[sock.fileno()] = Client(sock)
-        self._epoll.register(sock, select.EPOLLIN)
+        self._epoll.register(sock, select.EPOLLOUT)
         self.connections += 1
         return client
 
     def _read(self, client: Client) -> None:
+        stamps: list[tuple[int, int, bytes]] = []
         try:
-            data = client.sock.recv(262144)
+            data, stamps, _, _ = client.sock.recvmsg(262144, _STAMP_SPACE)
             client.parser.feed_data(data)
         except (OSError, httptools.HttpParserError):
             data = b""
         if not data:
             self._drop(client)
         elif client.complete:
+            if client.ask is not None and stamps:
+                seconds, nanoseconds = _STAMP.unpack(stamps[0][2])
+                ago = time.time() - (seconds + nanoseconds / 1e9)
+                client.ask.arrived = time.monotonic() - ago
             self._end(client)
 
     def _end(self, client: Client) -> None:
@@ -150,14 +180,13 @@ class Driver:
         if client.closing:
             self._drop(client)
         else:
-            self._idle.append(client)
+            self._idle[client] = None
 
     def _drop(self, client: Client) -> None:
         if client.ask is not None:
             self.broken += 1
             self._waiting -= 1
-        if client in self._idle:
-            self._idle.remove(client)
+        self._idle.pop(client, None)
         del self._clients[client.sock.fileno()]
         client.sock.close()
 
@@ -179,6 +208,13 @@ class Driver:
             "first_token_s": quantiles([a.first - a.due for a in good if a.first and a in asked]),
             "refused_at_once_ms": quantiles(
                 [(a.ended - a.due) * 1000 for a in refused if a.ended - a.due < 1.0]
+            ),
+            "refused_at_once_on_the_wire_ms": quantiles(
+                [
+                    (a.arrived - a.sent) * 1000
+                    for a in refused
+                    if a.ended - a.due < 1.0 and a.arrived
+                ]
             ),
             "refused_late": sum(a.ended - a.due >= 1.0 for a in refused),
             "answers": dict(Counter(f"{a.status} {a.code}".strip() for a in asked)),

@@ -46,6 +46,7 @@ from citadel_gateway.io.http1_server import ConnectionLimits, HttpConnection, ig
 from citadel_gateway.io.http2_server import Http2Connection
 from citadel_gateway.io.listening import Address, CannotListen, open_listener, refuse_newcomers
 from citadel_gateway.io.tcp_stream import TcpStream
+from citadel_gateway.io.turnstile import MOST, Turnstile, turnstile
 from citadel_gateway.policy.watermarks import Level
 from citadel_gateway.wire.http1_response import encode_response_head
 
@@ -57,7 +58,6 @@ _TURN_AWAY_WITHIN = 1.0
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _RECOVERS = 0.1  # seconds between two tries to accept while this machine lacks something
-_AT_ONCE = 64  # connections accepted before others have a turn
 
 Stream = TcpStream | trio.SSLStream[TcpStream]
 
@@ -72,6 +72,7 @@ class Server:
     :param inherited: a socket that listens already, and goes on doing so without us.
     :param on_timeout: told which clock a client has let run out.
     :param turns: when to accept, among the workers that share the socket.
+    :param goes_last: under load, everything else in this process goes before its clients.
     """
 
     app: App
@@ -82,6 +83,7 @@ class Server:
     inherited: socket.socket | None = None
     on_timeout: Callable[[str], None] = ignore
     turns: Turns | None = None
+    goes_last: bool = False
     bound: Address | None = attrs.field(default=None, init=False)
     _connections: set[HttpConnection | Http2Connection] = attrs.field(factory=set, init=False)
     _streams: set[Stream] = attrs.field(factory=set, init=False)
@@ -92,6 +94,7 @@ class Server:
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _listener: socket.socket | None = attrs.field(default=None, init=False)
     _is_shared: bool = attrs.field(init=False)
+    _turnstile: Turnstile | None = attrs.field(default=None, init=False)
     _nursery: trio.Nursery = attrs.field(init=False)
     _closed: trio.Event = attrs.field(factory=trio.Event, init=False)
     _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
@@ -148,6 +151,7 @@ class Server:
 
         Raises :class:`CannotListen`.  Reports started once the sockets listen.
         """
+        self._turnstile = turnstile() if self.goes_last else None
         with self._listen() as self._listener, closing(self._departures), self._serving:
             async with trio.open_nursery() as watchers:
                 watchers.start_soon(self._deadlines.run)
@@ -248,7 +252,7 @@ class Server:
                 await self._reopened.wait()
             if self.turns is not None:
                 await self.turns.wait()
-            exc = self._take_waiting(listener, _AT_ONCE if self.turns is None else 1)
+            exc = self._take_waiting(listener, MOST if self.turns is None else 1)
             if exc is None:
                 continue
             if trio.current_time() - told >= 1.0:
@@ -277,9 +281,10 @@ class Server:
         return None
 
     def _make_stream(self, sock: socket.socket) -> Stream:
+        tcp = TcpStream(sock, self._turnstile)
         if self._tls is None:
-            return TcpStream(sock)
-        return trio.SSLStream(TcpStream(sock), self._tls, server_side=True, https_compatible=True)
+            return tcp
+        return trio.SSLStream(tcp, self._tls, server_side=True, https_compatible=True)
 
     async def _handle(self, stream: Stream) -> None:
         """The boundary around one connection: it may fail, the server may not."""

@@ -401,6 +401,7 @@ class UnifiedAPIGatewayService:
             passed.take(API, api.host, api.port),
             self.metrics.timed_out,
             turns,
+            goes_last=True,
         )
         second = None
         if monitoring.prometheus_port is not None:

@@ -24,6 +24,8 @@ import attrs
 import outcome
 import trio
 
+from citadel_gateway.io.turnstile import Turnstile, turnstile
+
 _MOST = 256  # events taken at once
 _LONGEST = 3600.0
 
@@ -52,6 +54,7 @@ class Pump(trio.abc.Instrument):
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _flows: dict[int, _Flow] = attrs.field(factory=dict, init=False)
     _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
+    _turnstile: Turnstile | None = attrs.field(default=None, init=False)
     _watching: bool = attrs.field(default=False, init=False)
     _trio: int = attrs.field(default=-1, init=False)  # Trio's own descriptor, while it is watched
     _now: Callable[[], float] = attrs.field(default=trio.current_time, init=False)
@@ -67,7 +70,7 @@ class Pump(trio.abc.Instrument):
         trio_epoll = _find_trio_epoll() if self.in_place else -1
         if trio_epoll >= 0:
             self._token = trio.lowlevel.current_trio_token()
-            self._trio = trio_epoll
+            self._trio, self._turnstile = trio_epoll, turnstile()
             self._epoll.register(trio_epoll, select.EPOLLIN)
             self._watch()
             try:
@@ -109,6 +112,9 @@ class Pump(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         """Trio is about to wait for *timeout* seconds."""
+        if self._turnstile is not None and self._turnstile.is_anybody_waiting:
+            self._take_turns(0.0)  # Trio has something to do, and does not know it
+            return
         until = time.perf_counter() + min(timeout, _LONGEST)
         while not self._take_turns(max(0.0, until - time.perf_counter())):
             if time.perf_counter() >= until:

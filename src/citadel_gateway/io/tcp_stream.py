@@ -12,14 +12,24 @@ import socket
 import attrs
 import trio
 
+from citadel_gateway.io.turnstile import Turnstile
+
 _READ = 64 * 1024
 
 
 @attrs.define(eq=False)
 class TcpStream(trio.abc.HalfCloseableStream):
-    """Owns *socket*, which is connected and does not block."""
+    """Owns *socket*, which is connected and does not block.
+
+    :param turnstile: where it lets others go first, until it is closed.
+    """
 
     socket: socket.socket
+    turnstile: Turnstile | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.turnstile is not None:
+            self.turnstile.enter(self.socket.fileno())
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         sock = self.socket
@@ -82,6 +92,8 @@ class TcpStream(trio.abc.HalfCloseableStream):
         """Close at once; whoever waits for the socket is told."""
         if self.socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self.socket)
+            if self.turnstile is not None:
+                self.turnstile.leave(self.socket.fileno())
             self.socket.close()
 
     def _explain(self, exc: Exception) -> Exception:
