@@ -21,7 +21,7 @@ from citadel_gateway.io.store.base import Buckets, Store, StoreUnavailable
 from citadel_gateway.policy.board import News, Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, take_share
 
-_MOST_MISSES = 3  # in a row, which may be chance
+_MOST_MISSES = 3  # in a row, one after the other, which may be chance
 
 
 @attrs.define(eq=False)
@@ -48,6 +48,7 @@ class Membership:
     on_news: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     _known: bool = attrs.field(default=False, init=False)  # whether it is alone was told
     _row: int = attrs.field(default=0, init=False)  # misses in a row
+    _row_began: float = attrs.field(default=0.0, init=False)
     _seen: int = attrs.field(default=0, init=False)
     _good_until: float = attrs.field(default=-math.inf, init=False)
     _outbox: dict[str, str] = attrs.field(factory=dict, init=False)
@@ -173,8 +174,13 @@ class Membership:
         self.on_news()
 
     def _missed(self, why: str) -> None:
+        now = trio.current_time()
+        if not self._row:
+            self._row_began = now
         self._row += 1
-        if not self.is_alone and self._row < _MOST_MISSES:
+        # Requests that wait at the same time all miss by the same short standstill.
+        lasts = now - self._row_began >= (_MOST_MISSES - 1) * self.patience
+        if not self.is_alone and (self._row < _MOST_MISSES or not lasts):
             return
         if not self.is_alone or not self._known:
             self._known = self.is_alone = True
