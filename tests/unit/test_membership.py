@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from citadel_gateway.io.store.membership import Membership
+from citadel_gateway.policy.board import Statement
 from citadel_gateway.policy.rate_limit import Allowance, TokenBucket
 from tests.support.memory_store import Memory, MemoryStore
 
@@ -70,3 +71,22 @@ async def test_it_is_alone_after_three_misses_one_after_the_other(
 
     assert alone == [False, False, True]
     assert one.told == [True]
+
+
+async def test_members_are_not_fewer_because_the_store_has_forgotten_them(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    one = await member()
+    one.store.is_out = False
+    for name in ("second", "third"):
+        await one.store.meet(Statement(member=name, lease=3.0))
+    await one.membership.meet()
+
+    one.store.memory.forget_all()
+    counted = []
+    for _ in range(5):
+        await one.membership.meet()
+        counted.append(one.membership.members)
+        await trio.sleep(1.0)
+
+    assert counted == [3, 3, 3, 1, 1]

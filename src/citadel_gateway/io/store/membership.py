@@ -50,6 +50,7 @@ class Membership:
     _row: int = attrs.field(default=0, init=False)  # misses in a row
     _row_began: float = attrs.field(default=0.0, init=False)
     _seen: int = attrs.field(default=0, init=False)
+    _counted_at: float = attrs.field(default=-math.inf, init=False)  # so many members, or more
     _good_until: float = attrs.field(default=-math.inf, init=False)
     _outbox: dict[str, str] = attrs.field(factory=dict, init=False)
     _posted: dict[str, str] = attrs.field(factory=dict, init=False)
@@ -159,7 +160,8 @@ class Membership:
                 await self.store.meet(Statement(member=self.name, lease=0.0))
 
     def _hear(self, news: News) -> None:
-        self.members, self.won, self._seen = news.members, news.won, news.version
+        self.won, self._seen = news.won, news.version
+        self._count(news.members)
         if news.was_emptied:
             self._outbox = {**self._posted, **self._outbox}
             self.hurry()
@@ -172,6 +174,15 @@ class Membership:
         if heard:
             self.on_posts(heard)
         self.on_news()
+
+    def _count(self, members: int) -> None:
+        """A store that was emptied counts from the start: fewer are believed after a lease.
+
+        Else who is alone at that moment took more than his share.
+        """
+        now = trio.current_time()
+        if members >= self.members or now - self._counted_at >= self.lease:
+            self.members, self._counted_at = members, now
 
     def _missed(self, why: str) -> None:
         now = trio.current_time()
