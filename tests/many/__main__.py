@@ -39,9 +39,7 @@ def plays(seconds: float) -> dict[str, list[Play]]:
         "probers": [
             partial(probers.moves, shape=s, seconds=seconds / 2) for s in ONE_HOST[2:] + HOSTS
         ],
-        "deaths": [
-            partial(deaths.one_after_the_other, seconds=6 * seconds, pause=1.0, clients=60)
-        ],
+        "deaths": [partial(deaths.one_after_the_other, seconds=6 * seconds, pause=1.0, clients=60)],
     }
 
 

@@ -98,9 +98,12 @@ def excess(told: Sequence[Told], rate: float, burst: float) -> float:
 
 
 def fill(told: Sequence[Told], rate: float, burst: float) -> float:
-    """What part was let through of what a bucket that was full had to give, first to last."""
+    """What part was let through of what a bucket that was full had to give, first to last.
+
+    The one that was next counts as well, as it had not come in yet when the last one was answered.
+    """
     span = max(each.ended for each in told) - min(each.began for each in told)
-    return len(told) / (burst + rate * span)
+    return (len(told) + 1) / (burst + rate * span)
 
 
 def quantile(told: Sequence[Told], share: float) -> float:

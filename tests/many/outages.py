@@ -27,9 +27,7 @@ async def outage(
     crowd = Crowd(clients=36, pause=0.06)
     async with engines() as (_, ports):
         limits = {"rate_limiting_enabled": True, "rate_limit_rps": RATE, "rate_limit_burst": BURST}
-        config = configuration(
-            ports, {}, service={"workers": shape.workers}, performance=limits
-        )
+        config = configuration(ports, {}, service={"workers": shape.workers}, performance=limits)
         config["store"] = shape.store(redis.url, folder / "store")
         async with gateways(folder, shape.gateways, config) as several:
             async with trio.open_nursery() as nursery:

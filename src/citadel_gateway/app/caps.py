@@ -2,7 +2,8 @@
 
 A request that finds room within the share costs nothing.  One that does not waits in the queue like
 any other while the store is asked; and while others wait for what this gateway has, it reports
-whenever a request ends.  Without the store each gateway goes by its even part of every cap, once
+whenever a request ends.  What a report says is used stays so until its answer is here, or nobody
+would be patient any longer: what began meanwhile could be somebody else's by then.  Without the store each gateway goes by its even part of every cap, once
 all can have noticed; until then by what it has.
 """
 
@@ -149,9 +150,15 @@ class Caps:
             for name in names
             for share in [self._shares[name]]
         }
+        for name, need in needs.items():
+            self._allow(self._shares[name], min(self._shares[name].limit, need.used))
         try:
-            grants = await member.store.report(member.name, member.lease, needs)
-        except StoreUnavailable:
+            async with trio.open_nursery() as nursery:
+                if member.store.is_far:
+                    nursery.start_soon(self._lose_patience, [self._shares[name] for name in names])
+                grants = await member.store.report(member.name, member.lease, needs)
+                nursery.cancel_scope.cancel(reason="the store has answered")
+        except* StoreUnavailable:
             for name in names:
                 self._go_alone(self._shares[name], began)
         else:
@@ -160,8 +167,8 @@ class Caps:
                 share.held, share.limit = grant.held, grant.limit
                 share.is_contended = grant.is_contended
                 share.reported_at, share.good_until = began, began + member.lease
-        has_more = [name for name in names if self._apply(self._shares[name])]
-        if has_more:
+        shares = [self._shares[name] for name in names]
+        if any([self._allow(share, share.limit) for share in shares]):
             self.admission.pump()
 
     def _go_alone(self, share: _Share, now: float) -> None:
@@ -171,12 +178,18 @@ class Caps:
             share.limit = max(1, share.cap // self.membership.members)
             share.held = max(share.limit, self._used(share))
 
-    def _apply(self, share: _Share) -> bool:
+    async def _lose_patience(self, shares: Iterable[_Share]) -> None:
+        """A store that is slow holds nobody up."""
+        await trio.sleep(self.membership.patience)
+        if any([self._allow(share, share.limit) for share in shares]):
+            self.admission.pump()
+
+    def _allow(self, share: _Share, limit: int) -> bool:
         """True if more may be used than before."""
         if share.endpoint is None:
             waitroom = self.admission.waitroom
-            before, waitroom.seats = waitroom.seats, share.limit
+            before, waitroom.seats = waitroom.seats, limit
             return waitroom.seats > before
         before = share.endpoint.limit
-        share.endpoint.set_share(share.limit)
+        share.endpoint.set_share(limit)
         return share.endpoint.limit > before
