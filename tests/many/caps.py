@@ -7,8 +7,8 @@ from pathlib import Path
 import trio
 
 from tests.many.fleet import Shape
-from tests.many.limits import PATIENCE
 from tests.many.ledger import Crowd, statuses
+from tests.many.limits import PATIENCE
 from tests.many.report import Finding
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import MODEL, LedgerEntry, Script, answered, sleep, whole_chat

@@ -115,7 +115,7 @@ class Growth:
         whole = resident_mb(pid)
         self.memory.append(whole)
         self.supervisor.append(whole - sum(resident_mb(child) for child in tree(pid)[1:]))
-        self.descriptors.append(len(os.listdir(f"/proc/{pid}/fd")))
+        self.descriptors.append(len([*Path(f"/proc/{pid}/fd").iterdir()]))
         files = (file for file in self.folder.rglob("*") if file.is_file())
         self.sizes.append({str(f.relative_to(self.folder)): f.stat().st_blocks for f in files})
 
@@ -155,6 +155,7 @@ async def one_after_the_other(
             await trio.sleep(2.0)
             until = trio.current_time() + seconds
             while trio.current_time() < until:
+                await _until_ready(gateway, 4)
                 growth.look(gateway.process.pid)
                 victim = rng.choice(workers_of([gateway]))
                 os.kill(victim, signal.SIGSTOP)  # it takes nobody any more, so we know whose it has
@@ -202,7 +203,7 @@ async def one_after_the_other(
             "no counter falls",
             f"{len(watch.fallen)} in {watch.pages} scrapes"
             + "".join(f"; {what}" for what in watch.fallen[:2]),
-            watch.pages > 5 * seconds * 0.5 and not watch.fallen,
+            watch.pages > seconds and not watch.fallen,
         ),
         Finding(
             scene,
@@ -245,6 +246,6 @@ async def _scrape(gateway: GatewayProcess, watch: CounterWatch, scope: trio.Canc
 
 
 async def _until_ready(gateway: GatewayProcess, workers: int) -> None:
-    with trio.move_on_after(30.0):
+    with trio.move_on_after(60.0):
         while (await gateway.request("GET", "/health")).json()["workers"]["ready"] != workers:  # noqa: ASYNC110
             await trio.sleep(0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +60,7 @@ def owners(ports: Iterable[int], pids: Sequence[int], *, of_peer: bool) -> dict[
         with suppress(OSError):
             for descriptor in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
-                    port = inodes.get(os.readlink(descriptor))
+                    port = inodes.get(str(descriptor.readlink()))
                     if port is not None:
                         found[port] = pid
     return found

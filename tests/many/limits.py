@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import trio
@@ -87,7 +88,7 @@ async def _run(
     shape: Shape,
     seconds: float,
     crowd: Crowd,
-    limits: dict[str, float],
+    limits: Mapping[str, float],
     keys: list[dict[str, object]],
     patience: float = PATIENCE,
 ) -> float:

@@ -45,7 +45,7 @@ async def moves(folder: Path, redis: RedisServer, shape: Shape, seconds: float) 
             probes = engine.ledger[start:]
             senders = {entry.connection for entry in probes}
             holder = owners([peers[probes[-1].connection]], workers_of(several), of_peer=False)
-            os.kill([*holder.values()][0], signal.SIGKILL)
+            os.kill(next(iter(holder.values())), signal.SIGKILL)
             killed, start = trio.current_time(), len(engine.ledger)
             with trio.move_on_after(20.0):
                 while len(engine.ledger) == start:  # noqa: ASYNC110  # that is another process

@@ -3,8 +3,9 @@
 A request that finds room within the share costs nothing.  One that does not waits in the queue like
 any other while the store is asked; and while others wait for what this gateway has, it reports
 whenever a request ends.  What a report says is used stays so until its answer is here, or nobody
-would be patient any longer: what began meanwhile could be somebody else's by then.  Without the store each gateway goes by its even part of every cap, once
-all can have noticed; until then by what it has.
+would be patient any longer: what began meanwhile could be somebody else's by then.  Without the
+store each gateway goes by its even part of every cap, once all can have noticed; until then by
+what it has.
 """
 
 from __future__ import annotations
@@ -167,9 +168,7 @@ class Caps:
                 share.held, share.limit = grant.held, grant.limit
                 share.is_contended = grant.is_contended
                 share.reported_at, share.good_until = began, began + member.lease
-        shares = [self._shares[name] for name in names]
-        if any([self._allow(share, share.limit) for share in shares]):
-            self.admission.pump()
+        self._allow_all([self._shares[name] for name in names])
 
     def _go_alone(self, share: _Share, now: float) -> None:
         """Go by the even part, unless what the store said is still good."""
@@ -181,7 +180,11 @@ class Caps:
     async def _lose_patience(self, shares: Iterable[_Share]) -> None:
         """A store that is slow holds nobody up."""
         await trio.sleep(self.membership.patience)
-        if any([self._allow(share, share.limit) for share in shares]):
+        self._allow_all(shares)
+
+    def _allow_all(self, shares: Iterable[_Share]) -> None:
+        has_more = [share for share in shares if self._allow(share, share.limit)]
+        if has_more:
             self.admission.pump()
 
     def _allow(self, share: _Share, limit: int) -> bool:
