@@ -19,12 +19,13 @@ async def main() -> int:
     parser.add_argument("--restarts", type=int, default=20, help="with a socket that stays")
     parser.add_argument("--handovers", type=int, default=20, help="from process to process")
     parser.add_argument("--rolling", type=int, default=20, help="worker by worker")
-    parser.add_argument("--workers", type=int, default=4, help="that take part in it")
+    parser.add_argument("--workers", type=int, default=4, help="that are replaced one by one")
+    parser.add_argument("--each", type=int, default=1, help="workers where all restart or reload")
     asked = parser.parse_args()
     clean = True
     for name, run, times in (
-        ("reloads", reload_often, asked.reloads),
-        ("restarts", restart_often, asked.restarts),
+        ("reloads", partial(reload_often, workers=asked.each), asked.reloads),
+        ("restarts", partial(restart_often, workers=asked.each), asked.restarts),
         ("hand-overs", hand_over_often, asked.handovers),
         ("rolling restarts", partial(roll_often, workers=asked.workers), asked.rolling),
     ):

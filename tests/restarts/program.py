@@ -17,6 +17,7 @@ import attrs
 import trio
 
 from tests.restarts.load import Load, Tally, answer
+from tests.support.ledger import Metrics, parse_metrics, total
 from tests.support.raw_client import RawClient
 from tests.support.scripted_engine import MODEL, ScriptedEngine, serve_tcp
 
@@ -70,14 +71,16 @@ class Log:
                 self._said = trio.Event()
 
     async def wait_for(
-        self, event: str, start: int = 0, within: float = _STARTS_WITHIN
+        self, event: str, start: int = 0, within: float = _STARTS_WITHIN, times: int = 1
     ) -> dict[str, Any]:
-        """The first line from *start* on that tells of *event*."""
+        """The first line from *start* on that tells of *event*, or the one that tells of it so
+        many *times*.
+        """
         with trio.fail_after(within):
             while True:
-                for line in self.lines[start:]:
-                    if line.get("event") == event:
-                        return line
+                found = [line for line in self.lines[start:] if line.get("event") == event]
+                if len(found) >= times:
+                    return found[times - 1]
                 await self._said.wait()
 
 
@@ -174,27 +177,29 @@ async def under_load(port: int) -> AsyncIterator[Tally]:
         load.tally.stopping = True
 
 
-async def reload_often(directory: Path, times: int) -> Result:
+async def reload_often(directory: Path, times: int, workers: int = 1) -> Result:
     """One gateway, *times* configurations: by signal, and every tenth by the file alone."""
     async with scene(directory) as here:
+        here.write(workers=workers)
         process = await here.start()
         try:
+            await here.log.wait_for("listening", times=workers)
             port = port_of(await here.log.wait_for("listening"))
             before = await _idle_tasks(port)
             began = trio.current_time()
             async with under_load(port) as tally:
                 for turn in range(1, times + 1):
                     start = len(here.log.lines)
-                    here.write(turn)
+                    here.write(turn, workers=workers)
                     if turn % 10:
                         process.send_signal(signal.SIGHUP)
-                    await here.log.wait_for("configuration", start)
+                    await here.log.wait_for("configuration", start, times=workers)
                     await trio.sleep(0.02 * (turn % 5))
             seconds = trio.current_time() - began
-            here.write()
+            here.write(workers=workers)
             start = len(here.log.lines)
             process.send_signal(signal.SIGHUP)
-            await here.log.wait_for("configuration", start)
+            await here.log.wait_for("configuration", start, times=workers)
             tasks = (before, await _idle_tasks(port))
             _note_complaints(here.log, tally)
         finally:
@@ -202,13 +207,14 @@ async def reload_often(directory: Path, times: int) -> Result:
     return Result(tally, seconds, here.executed, tasks)
 
 
-async def restart_often(directory: Path, times: int) -> Result:
+async def restart_often(directory: Path, times: int, workers: int = 1) -> Result:
     """A socket that stays, and one process after the other on it, as a service manager does."""
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         async with scene(directory) as here:
+            here.write(workers=workers)
             process = await here.start(listener)
             try:
-                await here.log.wait_for("listening")
+                await here.log.wait_for("listening", times=workers)
                 began = trio.current_time()
                 async with under_load(listener.getsockname()[1]) as tally:
                     for _ in range(times):
@@ -217,7 +223,7 @@ async def restart_often(directory: Path, times: int) -> Result:
                             tally.failed[f"the gateway ended with {code}"] += 1
                         start = len(here.log.lines)
                         process = await here.start(listener)
-                        await here.log.wait_for("listening", start)
+                        await here.log.wait_for("listening", start, times=workers)
                         await trio.sleep(0.3)
                 seconds = trio.current_time() - began
                 _note_complaints(here.log, tally)
@@ -268,6 +274,9 @@ async def roll_often(directory: Path, times: int, workers: int) -> Result:
                     await here.log.wait_for(rolled, start, _STARTS_WITHIN * workers)
                     await trio.sleep(0.3)
             seconds = trio.current_time() - began
+            async with await RawClient.connect(port) as client:
+                page = (await client.request("GET", "/metrics")).body.decode()
+            _note_miscounts(parse_metrics(page), tally)
             process.terminate()
             if code := await process.wait():
                 tally.failed[f"the gateway ended with {code}"] += 1
@@ -291,6 +300,17 @@ def _note_complaints(log: Log, tally: Tally) -> None:
     for line in log.lines:
         if line.get("level") == "error" or line["event"] == "not a log line":
             tally.failed[f"in the log: {json.dumps(line)[:2000]}"] += 1
+
+
+def _note_miscounts(page: Metrics, tally: Tally) -> None:
+    """What all workers that there ever were have counted is what was answered."""
+    answered = tally.answered.total()
+    for name, labels in (
+        ("citadel_gateway_requests_total", {"outcome": "ok"}),
+        ("citadel_gateway_request_duration_seconds_count", {}),
+    ):
+        if (counted := total(page, name, **labels)) != answered:
+            tally.failed[f"{name}: {counted:.0f} where {answered} were answered"] += 1
 
 
 def port_of(listening: dict[str, Any]) -> int:

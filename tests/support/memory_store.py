@@ -34,6 +34,7 @@ class MemoryStore:
     """One member's view of it.
 
     :param is_out: it cannot be asked.
+    :param takes: seconds until the answer to a report is here.
     """
 
     memory: Memory
@@ -41,6 +42,7 @@ class MemoryStore:
     every: float = 0.25
     is_far: bool = False
     is_out: bool = False
+    takes: float = 0.0
 
     def now(self) -> float:
         return self.clock()
@@ -69,10 +71,13 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         self._check()
         now = self.clock()
-        return {
+        grants = {
             name: self.memory.caps.setdefault(name, Cap()).report(member, need, lease, now)
             for name, need in needs.items()
         }
+        if self.takes:
+            await trio.sleep(self.takes)
+        return grants
 
     async def leave(self, member: str, caps: Sequence[str]) -> None:
         await trio.lowlevel.checkpoint()

@@ -39,15 +39,18 @@ class GatewayProcess:
     port: int
     log: Log
 
-    async def request(self, method: str, path: str, body: object = None) -> RawResponse:
+    async def request(
+        self, method: str, path: str, body: object = None, key: str = ""
+    ) -> RawResponse:
+        headers = [("authorization", f"Bearer {key}")] if key else []
         async with await RawClient.connect(self.port) as client:
-            return await client.request(method, path, body)
+            return await client.request(method, path, body, headers)
 
     async def ask(self) -> RawResponse:
         return await self.request("POST", CHAT, ASK)
 
-    async def metrics(self) -> Metrics:
-        return parse_metrics((await self.request("GET", "/metrics")).body.decode())
+    async def metrics(self, key: str = "") -> Metrics:
+        return parse_metrics((await self.request("GET", "/metrics", key=key)).body.decode())
 
     async def kill(self) -> None:
         """As ``kill -9`` does."""
@@ -96,12 +99,13 @@ async def gateways(
     """*count* processes that serve by *config*."""
     file = folder / "gateway.json"  # JSON is YAML, too
     file.write_text(json.dumps(config))
+    serves = "listening" if config["service"]["workers"] == 1 else "all workers serve"
     started: list[GatewayProcess] = []
     async with trio.open_nursery() as nursery:
         try:
             async with trio.open_nursery() as starting:
                 for _ in range(count):
-                    starting.start_soon(_start, file, nursery, started)
+                    starting.start_soon(_start, file, serves, nursery, started)
             yield started
         finally:
             with trio.CancelScope(shield=True):
@@ -111,7 +115,9 @@ async def gateways(
             nursery.cancel_scope.cancel()
 
 
-async def _start(file: Path, nursery: trio.Nursery, started: list[GatewayProcess]) -> None:
+async def _start(
+    file: Path, serves: str, nursery: trio.Nursery, started: list[GatewayProcess]
+) -> None:
     reading, writing = os.pipe()
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "citadel_gateway", "serve", "--config", str(file)],
@@ -122,6 +128,7 @@ async def _start(file: Path, nursery: trio.Nursery, started: list[GatewayProcess
     log = Log()
     nursery.start_soon(log.read, reading)
     try:
+        await log.wait_for(serves)
         listening = await log.wait_for("listening")
     except trio.TooSlowError:
         await end(process)

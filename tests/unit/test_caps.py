@@ -149,3 +149,23 @@ async def test_a_reload_changes_the_cap_for_all(autojump_clock: MockClock) -> No
 
         assert await ask_all(several, each=5) == [200] * 10
         assert engine.max_in_flight == 2
+
+
+@pytest.mark.parametrize("later", [0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
+async def test_what_begins_while_a_report_is_on_its_way_is_within_the_cap(
+    later: float, autojump_clock: MockClock
+) -> None:
+    """The store may have given to another gateway what this one does not use."""
+    async with fellows(capped(12, store={"timeout": 1.0}), 2, ["a"]) as several:
+        engine = several.engines["a"]
+        engine.default = SLOW
+        for store in several.stores:
+            store.is_far, store.takes = True, 0.2
+
+        async def ask_later() -> list[int]:
+            await trio.sleep(later)
+            return await gather(*[several[0].ask] * 12)
+
+        await gather(*[several[1].ask] * 24, ask_later)
+
+        assert engine.max_in_flight == 12

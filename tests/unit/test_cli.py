@@ -444,3 +444,17 @@ def test_help_explains_every_option(command: str | None) -> None:
 
 def test_the_version_is_told() -> None:
     assert re.search(r"\d+\.\d+\.\d+", run("--version").stdout)
+
+
+def test_check_remarks_on_what_is_hardly_meant_beside_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "models: {m: {endpoint: 'http://127.0.0.1:1'}}\n"
+        "service: {workers: 4}\nperformance: {memory_limit_gb: 0.5}\n"
+    )
+
+    result = run("check", "-c", str(path))
+
+    assert result.exit_code == 0
+    assert result.stderr.startswith("remark: performance.memory_limit_gb: leaves 0.125 GiB")
+    assert "memory_limit_gb: 0.5" in result.stdout

@@ -6,6 +6,7 @@ import click
 
 from citadel_gateway.cli.common import load_or_exit
 from citadel_gateway.config.json_schema import dumps
+from citadel_gateway.config.remarks import remarks
 from citadel_gateway.config.show import effective_yaml
 
 
@@ -13,10 +14,16 @@ from citadel_gateway.config.show import effective_yaml
 @click.option("--config", "-c", "config_path", metavar="FILE", help="The configuration file.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of the file instead.")
 def check(config_path: str | None, schema: bool) -> None:
-    """Print the effective configuration, secrets masked; or every error, and exit with 78."""
+    """Print the effective configuration, secrets masked; or every error, and exit with 78.
+
+    What is right and hardly meant is remarked on standard error.
+    """
     if schema:
         click.echo(dumps(), nl=False)
     elif config_path is None:
         raise click.UsageError("Missing option '--config' / '-c'.")
     else:
-        click.echo(effective_yaml(load_or_exit(config_path)), nl=False)
+        config = load_or_exit(config_path)
+        for remark in remarks(config):
+            click.echo(f"remark: {remark}", err=True)
+        click.echo(effective_yaml(config), nl=False)

@@ -21,7 +21,7 @@ from citadel_gateway.io.store.base import Buckets, Store, StoreUnavailable
 from citadel_gateway.policy.board import News, Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, take_share
 
-_MOST_MISSES = 3  # in a row, which may be chance
+_MOST_MISSES = 3  # in a row, one after the other, which may be chance
 
 
 @attrs.define(eq=False)
@@ -54,7 +54,9 @@ class Membership:
     on_bulletin: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
     _known: bool = attrs.field(default=False, init=False)  # whether it is alone was told
     _row: int = attrs.field(default=0, init=False)  # misses in a row
+    _row_began: float = attrs.field(default=0.0, init=False)
     _seen: int = attrs.field(default=0, init=False)
+    _counted_at: float = attrs.field(default=-math.inf, init=False)  # so many members, or more
     _good_until: float = attrs.field(default=-math.inf, init=False)
     _outbox: dict[str, str] = attrs.field(factory=dict, init=False)
     _posted: dict[str, str] = attrs.field(factory=dict, init=False)
@@ -166,7 +168,8 @@ class Membership:
                 await self.store.meet(Statement(member=self.name, lease=0.0))
 
     def _hear(self, news: News) -> None:
-        self.members, self.won, self._seen = news.members, news.won, news.version
+        self.won, self._seen = news.won, news.version
+        self._count(news.members)
         if news.was_emptied:
             self._outbox = {**self._posted, **self._outbox}
             self.hurry()
@@ -183,9 +186,23 @@ class Membership:
                 read(heard)
         self.on_news()
 
+    def _count(self, members: int) -> None:
+        """A store that was emptied counts from the start: fewer are believed after a lease.
+
+        Else who is alone at that moment took more than his share.
+        """
+        now = trio.current_time()
+        if members >= self.members or now - self._counted_at >= self.lease:
+            self.members, self._counted_at = members, now
+
     def _missed(self, why: str) -> None:
+        now = trio.current_time()
+        if not self._row:
+            self._row_began = now
         self._row += 1
-        if not self.is_alone and self._row < _MOST_MISSES:
+        # Requests that wait at the same time all miss by the same short standstill.
+        lasts = now - self._row_began >= (_MOST_MISSES - 1) * self.patience
+        if not self.is_alone and (self._row < _MOST_MISSES or not lasts):
             return
         if not self.is_alone or not self._known:
             self._known = self.is_alone = True

@@ -1,0 +1,1 @@
+"""Many processes are one gateway: `python -m tests.many`."""
