@@ -350,8 +350,8 @@ def test_an_endpoint_may_adapt_otherwise_than_its_model() -> None:
     [
         (
             {"models": {"m": {}, "n": None}},
-            ["models.m: needs `endpoint` or `endpoints`",
-             "models.n: needs `endpoint` or `endpoints`"],
+            ["models.m: needs `endpoint`, `endpoints` or `endpoints_file`",
+             "models.n: needs `endpoint`, `endpoints` or `endpoints_file`"],
         ),
         (
             with_section("gateway", default_model="n"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -45,8 +46,21 @@ class Chronicle:
         self._say(logging.INFO, what, endpoint, in_flight=endpoint.in_flight)
 
     def arrival(self, endpoint: Endpoint, has_come: bool) -> None:
-        known = "from now on" if has_come else "no longer: its name has lost the address"
+        self.metrics.arrived(endpoint, has_come=has_come)
+        known = "from now on" if has_come else "no longer: it is listed nowhere any more"
         self._say(logging.INFO, "endpoint", endpoint, known=known)
+
+    def list_trouble(self, path: str, problems: Sequence[str]) -> None:
+        """A file with endpoints is bad, or good again."""
+        if not problems:
+            self.log.event(logging.INFO, "the list of endpoints is good again", file=path)
+        for problem in problems:
+            self.log.event(
+                logging.ERROR,
+                "the list of endpoints is not taken; the last good one stays in use",
+                file=path,
+                problem=redact(problem),
+            )
 
     def name_trouble(self, host: str, error: OSError | None) -> None:
         if error is None:

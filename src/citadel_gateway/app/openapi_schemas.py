@@ -336,6 +336,20 @@ GATEWAY: dict[str, Schema] = {
                     {
                         "status": one("string"),
                         "endpoints": many(ref("EndpointStatus")),
+                        "sources": many(
+                            thing(
+                                {
+                                    "source": one("string", enum=["file", "dns"]),
+                                    "name": one("string", "Its path, or the name."),
+                                    "endpoints": one("integer", "How many it lists."),
+                                    "problems": many(
+                                        one("string"),
+                                        "Why an older list is in use; none if it is not.",
+                                    ),
+                                }
+                            ),
+                            "What lists endpoints besides the configuration.",
+                        ),
                         "panic": one("boolean", "Too few are healthy, so that all are used."),
                         "waiting": one("integer", "Requests in the model's queue."),
                     }

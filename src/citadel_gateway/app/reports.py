@@ -75,6 +75,7 @@ class Reports:
                 model.id: {
                     "status": "available" if model.id in report["models"] else "unavailable",
                     "endpoints": [_endpoint(u, now) for u in model.upstreams],
+                    "sources": self.balancer.discovery.report(model.id, model.config),
                     "panic": model.quorum.is_panicking,
                     "waiting": self.waitroom.depth(model.id),
                 }

@@ -19,6 +19,7 @@ from citadel_gateway.app.admin import MONITORING
 from citadel_gateway.app.caps import Caps
 from citadel_gateway.app.chronicle import Chronicle
 from citadel_gateway.app.cors import Cors
+from citadel_gateway.app.discovery import Discovery
 from citadel_gateway.app.findings import Findings
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
@@ -131,6 +132,9 @@ class UnifiedAPIGatewayService:
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self.resolver.on_trouble = self._chronicle.name_trouble
         self.resolver.on_change = lambda host: self.watch.note_change(host)
+        self.discovery = Discovery(self.resolver)
+        self.discovery.files.on_trouble = self._chronicle.list_trouble
+        self.discovery.files.on_change = lambda path: self.watch.note_change(path)
         self._dialer = None if connect is not None else self._make_dialer(config)
         self.pool = self._make_pool(connect)
         self.admission = Admission(
@@ -177,6 +181,7 @@ class UnifiedAPIGatewayService:
         self.host: Host = Alone(self.metrics, self.operations)
         self.generations = [self.generation]  # those that have requests, the current one last
         self._adopting = trio.Lock()
+        self._coming: Generation | None = None  # which is about to be the current one
         self._background: trio.Nursery | None = None
         self.reloader: Reloader | None = None
         if file is not None:
@@ -202,7 +207,7 @@ class UnifiedAPIGatewayService:
         balancer = LoadBalancer(
             config,
             rng=self._rng,
-            resolver=self.resolver,
+            discovery=self.discovery,
             previous=None if previous is None else previous.balancer,
             share=None if self.caps is None else 0,
         )
@@ -496,8 +501,12 @@ class UnifiedAPIGatewayService:
             if names_tls_files(wanted):
                 tls = await trio.to_thread.run_sync(read_tls_files, wanted, abandon_on_cancel=True)
             generation = self._make_generation(wanted, digest, previous)
-            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
-            self._succeed(generation, previous, tls)
+            self._coming = generation
+            try:
+                await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
+                self._succeed(generation, previous, tls)
+            finally:
+                self._coming = None
             for what in kept:
                 self.log.event(logging.WARNING, "needs a restart", problem=what)
 
@@ -543,7 +552,11 @@ class UnifiedAPIGatewayService:
         await generation.run(self._chronicle.background_crash)
         self.generations.remove(generation)
         generation.dissolve(self.generations)
-        self.resolver.forget_others({h for g in self.generations for h in g.balancer.hosts})
+        used = [g.balancer for g in (*self.generations, self._coming) if g is not None]
+        self.discovery.forget_others(
+            ((m.id, m.config) for balancer in used for m in balancer.models.values()),
+            {host for balancer in used for host in balancer.hosts},
+        )
 
     def _configuration(self) -> dict[str, Any]:
         """What ``/models/status`` says of the configuration."""
@@ -564,6 +577,7 @@ class UnifiedAPIGatewayService:
             "upkeep": self._run_upkeep,
             "rest timers": self._rests.run,
             "names": self.resolver.run,
+            "endpoint files": self.discovery.files.run,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
             "overload": self.overload.run,

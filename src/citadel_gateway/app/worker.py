@@ -21,7 +21,7 @@ from citadel_gateway.app.host_report import merged_endpoints, merged_status
 from citadel_gateway.app.operations import Order
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.loader import ConfigError, load_text
-from citadel_gateway.config.share import has_store, share_of
+from citadel_gateway.config.share import has_store, portion_of, share_of
 from citadel_gateway.errors import GatewayError, workers_unavailable
 from citadel_gateway.io.channel import Channel, NoAnswer, first_news
 from citadel_gateway.io.crowd import Crowd, Turns
@@ -63,6 +63,7 @@ def make_worker(environ: Mapping[str, str]) -> Worker:
     )
     generation = service.generation
     generation.number, generation.digest = orders.generation, orders.digest
+    service.discovery.portion = portion_of(config, orders.number - 1, orders.workers)
     service.operations.restore((model, url) for model, url in orders.cordons)
     return Worker(orders, service, Turns(Crowd(descriptors[1]), orders.place), sock)
 

@@ -237,6 +237,11 @@ class ModelConfig:
 
     endpoint: Url | None = option(None, "Short form of `endpoints` with a single URL.")
     endpoints: tuple[EndpointConfig, ...] = option((), "Servers of this model.")
+    endpoints_file: str | None = option(
+        None,
+        "YAML or JSON file with a list of more endpoints, written as in `endpoints`; read again "
+        "when it has changed.  A bad one changes nothing.",
+    )
     weight: Weight = option(Weight(1.0), "Share of the load.")
     max_concurrent: Count = option(Count(100), "Requests each endpoint works on at once.")
     adaptive_concurrency: bool = option(
@@ -278,23 +283,25 @@ class ModelConfig:
         listed = self.endpoints
         if self.endpoint is not None:
             listed = (EndpointConfig(url=self.endpoint), *listed)
-        return tuple(
-            attrs.evolve(
-                e,
-                weight=e.weight if e.weight is not None else self.weight,
-                max_concurrent=e.max_concurrent or self.max_concurrent,
-                adaptive_concurrency=(
-                    self.adaptive_concurrency
-                    if e.adaptive_concurrency is None
-                    else e.adaptive_concurrency
-                ),
-                min_concurrent=e.min_concurrent or self.min_concurrent,
-                api_key=e.api_key or self.api_key,
-                engine=e.engine or self.engine,
-                resolve=e.resolve or self.resolve,
-                tls=e.tls or self.tls,
-            )
-            for e in listed
+        return tuple(map(self.complete, listed))
+
+    def complete(self, endpoint: EndpointConfig) -> EndpointConfig:
+        """The endpoint with the model's own values where it has none."""
+        e = endpoint
+        return attrs.evolve(
+            e,
+            weight=e.weight if e.weight is not None else self.weight,
+            max_concurrent=e.max_concurrent or self.max_concurrent,
+            adaptive_concurrency=(
+                self.adaptive_concurrency
+                if e.adaptive_concurrency is None
+                else e.adaptive_concurrency
+            ),
+            min_concurrent=e.min_concurrent or self.min_concurrent,
+            api_key=e.api_key or self.api_key,
+            engine=e.engine or self.engine,
+            resolve=e.resolve or self.resolve,
+            tls=e.tls or self.tls,
         )
 
 

@@ -54,10 +54,11 @@ class ConfigFile:
         )
 
     def _look(self) -> dict[str, Stamp]:
-        return {file: _stamp(file) for file in self._files}
+        return {file: stamp_of(file) for file in self._files}
 
 
-def _stamp(path: str) -> Stamp:
+def stamp_of(path: str) -> Stamp:
+    """What there is at *path*, to be told apart from what there was; may block on a disk."""
     try:
         found = os.stat(path)  # noqa: PTH116  # that of what a link points to
     except (OSError, ValueError):

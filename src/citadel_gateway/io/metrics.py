@@ -64,6 +64,7 @@ class Levels:
     queue_depths: dict[tuple[str, str], int]  # by model and class
     queue_waits: dict[str, float]  # predicted, by model
     panics: dict[str, bool] = attrs.field(factory=dict)  # by model
+    failing: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by model and kind of source
     in_flight: int
     connections: int
     tasks: int
@@ -176,6 +177,11 @@ class Metrics:
             "Times that a stream's first token was late, by what came of asking a second endpoint.",
             ["model", "result"],
         )  # fmt: skip
+        self._changes = Counters(
+            "citadel_gateway_endpoint_changes",
+            "Endpoints that have come or gone while the configuration stayed.",
+            ["model", "change"],
+        )  # fmt: skip
         self._crashes = Counters(
             "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
             ["where"],
@@ -251,6 +257,9 @@ class Metrics:
 
     def changed(self, endpoint: Endpoint, transition: Transition) -> None:
         self._transitions.labels(endpoint.model, endpoint.url, transition.after.value).inc()
+
+    def arrived(self, endpoint: Endpoint, *, has_come: bool) -> None:
+        self._changes.labels(endpoint.model, "added" if has_come else "removed").inc()
 
     def malformed(self, model: str, count: int) -> None:
         self._malformed.labels(model).inc(count)
@@ -349,7 +358,7 @@ class Metrics:
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
             self._cancellations, self._rejections, self._transitions, self._timeouts,
-            self._malformed, self._continuations, self._hedges, self._crashes, self._reloads,
+            self._changes, self._malformed, self._continuations, self._hedges, self._crashes, self._reloads,
             self._overloaded,
         )  # fmt: skip
 
@@ -403,6 +412,10 @@ def _other_gauges(levels: Levels) -> Iterator[str]:
     yield head(name, "1 while too few endpoints are healthy, so that all are used.", "gauge")
     for model, panics in levels.panics.items():
         yield f"{name}{label_text(('model',), (model,))} {number(panics)}\n"
+    name = "citadel_gateway_source_failing"
+    yield head(name, "1 while what a source of endpoints said last is used.", "gauge")
+    for labels, is_failing in levels.failing.items():
+        yield f"{name}{label_text(('model', 'source'), labels)} {number(is_failing)}\n"
     for what, doc, value in (
         ("in_flight_requests", "Requests with an endpoint.", levels.in_flight),
         ("client_connections", "Open client connections.", levels.connections),

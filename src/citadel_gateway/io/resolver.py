@@ -128,6 +128,11 @@ class Resolver:
         name = self._names.get(host)
         return (host,) if is_address(host) else name.addresses if name else ()
 
+    def trouble(self, host: str) -> OSError | None:
+        """Why what is known of *host* may be old; ``None`` if it is not."""
+        name = self._names.get(host)
+        return None if name is None else name.error
+
     def is_current(self, host: str, address: str) -> bool:
         """Whether *address* is one of *host*, as far as is known."""
         name = self._names.get(host)

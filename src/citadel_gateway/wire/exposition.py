@@ -28,6 +28,7 @@ _RULES: dict[str, Callable[[Iterable[float]], float]] = {
     "citadel_gateway_endpoint_latency_seconds": max,
     "citadel_gateway_breaker_state": max,
     "citadel_gateway_panic": max,
+    "citadel_gateway_source_failing": max,
     "citadel_gateway_overload_level": max,
     "citadel_gateway_store_up": min,
     "citadel_gateway_store_members": max,
