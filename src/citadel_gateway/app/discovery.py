@@ -1,10 +1,10 @@
 """Where the endpoints of a model are, by everything that may say so.
 
-Theory of operation.  A source is whatever lists endpoints: the configuration, a file, a name.  What
-each has last said is known without waiting, and outlives the configuration that asked for it.  The
-lists are laid over each other, in that order, and who is named first counts; so an endpoint that
-two sources list stays until the last of them has dropped it.  Sources that fail have still said
-what they last said.
+Theory of operation.  A source is whatever lists endpoints: the configuration, a file, an operator,
+a name.  What each has last said is known without waiting, and outlives the configuration that asked
+for it.  The lists are laid over each other, in that order, and who is named first counts; so an
+endpoint that two sources list stays until the last of them has dropped it.  Sources that fail have
+still said what they last said.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 import trio
 
+from citadel_gateway.app.additions import Additions
 from citadel_gateway.app.upstreams import Place
 from citadel_gateway.config.schema import EndpointConfig, ModelConfig
 from citadel_gateway.config.values import Resolve
@@ -40,6 +41,7 @@ class Discovery:
 
     resolver: Resolver
     files: EndpointFiles = attrs.field(factory=EndpointFiles)
+    additions: Additions = attrs.field(factory=Additions)
     portion: Callable[[EndpointConfig], EndpointConfig] = _whole
 
     def places(self, model: str, config: ModelConfig) -> dict[str, Place]:
@@ -78,6 +80,10 @@ class Discovery:
         if (path := config.endpoints_file) is not None:
             problems = [redact(problem) for problem in self.files.problems(model, path)]
             reports.append(_report("file", path, len(self.files.known(model, path)), problems))
+        added = self.additions.of(model, config)
+        unused = self.additions.problems(model, config)
+        if added or unused:
+            reports.append(_report("order", "added", len(added), unused))
         for host in sorted(self.hosts(model, config)):
             trouble = self.resolver.trouble(host)
             problems = [] if trouble is None else [str(trouble)]
@@ -106,6 +112,8 @@ class Discovery:
         if config.endpoints_file is not None:
             for endpoint in self.files.known(model, config.endpoints_file):
                 yield config.complete(self.portion(endpoint))
+        for endpoint in self.additions.of(model, config):
+            yield config.complete(self.portion(endpoint))
 
     def _places_of(self, endpoint: EndpointConfig) -> Iterator[Place]:
         if _is_to_be_looked_up(endpoint):

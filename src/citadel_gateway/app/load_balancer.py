@@ -186,6 +186,7 @@ class LoadBalancer:
         async with trio.open_nursery() as nursery:
             for model in self.models.values():
                 found = partial(self._found, model)
+                found()
                 nursery.start_soon(self.discovery.look, model.id, model.config, found)
 
     def _found(self, model: Model) -> None:

@@ -299,6 +299,19 @@ GATEWAY: dict[str, Schema] = {
         },
         required=("endpoint",),
     ),
+    "EndpointAddition": thing(
+        {
+            "endpoint": one("string", "Its URL."),
+            "model": one("string", "The model that it serves, or an alias."),
+            "weight": one("number", "Share of the load; default: the model's."),
+            "max_concurrent": one("integer", "Requests at once; default: the model's."),
+            "adaptive_concurrency": one("boolean", "Default: the model's."),
+            "min_concurrent": one("integer", "Default: the model's."),
+            "engine": one("string", "Default: the model's."),
+            "resolve": one("string", "Default: the model's."),
+        },
+        required=("endpoint", "model"),
+    ),
     "Endpoints": thing(
         {
             "endpoints": many(
@@ -312,7 +325,9 @@ GATEWAY: dict[str, Schema] = {
                     }
                 )
             ),
-            "drained": one("boolean", "Of a drain: whether its last request has ended."),
+            "drained": one(
+                "boolean", "Of a drain or a removal: whether its last request has ended."
+            ),
         },
         required=("endpoints",),
     ),
@@ -339,7 +354,7 @@ GATEWAY: dict[str, Schema] = {
                         "sources": many(
                             thing(
                                 {
-                                    "source": one("string", enum=["file", "dns"]),
+                                    "source": one("string", enum=["file", "order", "dns"]),
                                     "name": one("string", "Its path, or the name."),
                                     "endpoints": one("integer", "How many it lists."),
                                     "problems": many(

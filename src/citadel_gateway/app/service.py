@@ -176,7 +176,10 @@ class UnifiedAPIGatewayService:
         self._probe_client = make_probe_client(self.pool)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         self.operations = Operations(
-            lambda: self.balancer, self.admission.pump, self._chronicle.order
+            lambda: self.balancer,
+            self.admission.pump,
+            lambda: self.watch.follow(),
+            self._chronicle.order,
         )
         self.host: Host = Alone(self.metrics, self.operations)
         self.generations = [self.generation]  # those that have requests, the current one last

@@ -103,7 +103,6 @@ class Watch:
                 while True:
                     self._news = trio.Event()
                     self.follow()
-                    watching.start_soon(self._ask_those_that_are_new)
                     await self._news.wait()
             finally:
                 self._watching = None
@@ -132,6 +131,7 @@ class Watch:
                 self._start(self._watching, checker)
             for upstream in moves.changed:
                 self._watch_otherwise(self._watching, upstream)
+        self._watching.start_soon(self._ask_those_that_are_new)
 
     def _watch_otherwise(self, watching: trio.Nursery, upstream: Upstream) -> None:
         before = self._remove(upstream.endpoint)

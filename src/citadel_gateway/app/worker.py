@@ -65,6 +65,7 @@ def make_worker(environ: Mapping[str, str]) -> Worker:
     generation.number, generation.digest = orders.generation, orders.digest
     service.discovery.portion = portion_of(config, orders.number - 1, orders.workers)
     service.operations.restore((model, url) for model, url in orders.cordons)
+    service.operations.restore_added((model, url, said) for model, url, said in orders.added)
     return Worker(orders, service, Turns(Crowd(descriptors[1]), orders.place), sock)
 
 
@@ -174,7 +175,7 @@ class Worker:
             report = await operations.carry_out(body["what"], Order(**body["order"]))
         except GatewayError:
             return None  # an endpoint that only others know, as yet
-        return {"report": report, "cordons": operations.cordoned()}
+        return {"report": report, "cordons": operations.cordoned(), "added": operations.added()}
 
     async def _adopt(self, body: Any) -> list[str]:
         """The problems, if it is not taken."""
@@ -212,7 +213,7 @@ class Worker:
         return merged_endpoints(await self._ask(Said.ENDPOINTS))
 
     async def order(self, what: str, order: Order) -> Json:
-        self.service.operations.must_exist(order)
+        self.service.operations.check(what, order)
         body = {"what": what, "order": attrs.asdict(order)}
         return merged_endpoints(await self._ask(Said.ORDER, body, order.within))
 

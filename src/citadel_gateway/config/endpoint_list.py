@@ -25,6 +25,21 @@ def parse_endpoints(
     return listed
 
 
+def parse_addition(raw: Mapping[str, object], model: ModelConfig) -> EndpointConfig:
+    """One more endpoint of *model*.  Raises :class:`InvalidConfig`.
+
+    Credentials are the model's: whoever adds it need not be allowed to read what `env:` and
+    `file:` and the paths of certificates name.
+    """
+    if theirs := [Problem((name,), "is the model's") for name in ("api_key", "tls") if name in raw]:
+        raise InvalidConfig(theirs)
+    try:
+        (endpoint,) = parse_endpoints([raw], model, {})
+    except InvalidConfig as exc:
+        raise InvalidConfig(Problem(p.path[1:], p.message) for p in exc.problems) from exc
+    return endpoint
+
+
 def load_endpoints(
     text: str, *, source: str, model: ModelConfig, environ: Mapping[str, str]
 ) -> tuple[EndpointConfig, ...]:

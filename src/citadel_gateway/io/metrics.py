@@ -358,8 +358,8 @@ class Metrics:
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
             self._cancellations, self._rejections, self._transitions, self._timeouts,
-            self._changes, self._malformed, self._continuations, self._hedges, self._crashes, self._reloads,
-            self._overloaded,
+            self._changes, self._malformed, self._continuations, self._hedges, self._crashes,
+            self._reloads, self._overloaded,
         )  # fmt: skip
 
 
