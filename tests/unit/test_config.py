@@ -448,6 +448,15 @@ def test_an_endpoint_may_adapt_otherwise_than_its_model() -> None:
             with_section("security", cors={"allow_origins": ["*", "https://a.example"]}),
             ["security.cors.allow_origins: '*' already allows all the others"],
         ),
+        (
+            {"models": {"m": {"endpoints": [
+                {"url": "http://_a._tcp.b:8000", "resolve": "srv"},
+                {"url": "http://_a._tcp.b", "resolve": "srv"},
+                {"url": "http://10.0.0.1", "resolve": "srv"}]}}},
+            ["models.m.endpoints[0].resolve: "
+             "'srv' needs a URL without a port, which the records tell",
+             "models.m.endpoints[2].resolve: 'srv' needs a URL with a name in it"],
+        ),
     ],
 )  # fmt: skip
 def test_what_contradicts_another_field_is_refused(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import attrs
 import trio
@@ -19,11 +20,13 @@ import trio
 from citadel_gateway.app.additions import Additions
 from citadel_gateway.app.upstreams import Place
 from citadel_gateway.config.schema import EndpointConfig, ModelConfig
-from citadel_gateway.config.values import Resolve
+from citadel_gateway.config.values import Resolve, Url, Weight
 from citadel_gateway.io.endpoint_files import EndpointFiles
 from citadel_gateway.io.logs import redact
 from citadel_gateway.io.resolver import Resolver, is_address
+from citadel_gateway.io.service_lookup import make_service_lookup
 from citadel_gateway.io.target import split_url
+from citadel_gateway.policy.services import Choice, Service, in_use, read_service
 
 Json = dict[str, Any]
 
@@ -36,19 +39,26 @@ def _whole(endpoint: EndpointConfig) -> EndpointConfig:
 class Discovery:
     """What the sources of all models have last said.
 
+    :param services: knows the SRV records of names, in presentation format.
     :param portion: this process's part of the limits that an endpoint has by itself.
     """
 
     resolver: Resolver
+    services: Resolver = attrs.field(factory=lambda: Resolver(lookup=make_service_lookup()))
     files: EndpointFiles = attrs.field(factory=EndpointFiles)
     additions: Additions = attrs.field(factory=Additions)
     portion: Callable[[EndpointConfig], EndpointConfig] = _whole
 
-    def places(self, model: str, config: ModelConfig) -> dict[str, Place]:
-        """Of all endpoints of a model that are known now, by name; never waits."""
+    def places(
+        self, model: str, config: ModelConfig, is_down: Callable[[str], bool]
+    ) -> dict[str, Place]:
+        """Of all endpoints of a model that are to be used now, by name; never waits.
+
+        :param is_down: whether the endpoint with that name is there, and of no use.
+        """
         places: dict[str, Place] = {}
         for endpoint in self._endpoints(model, config):
-            for place in self._places_of(endpoint):
+            for place in self._places_of(endpoint, is_down):
                 places.setdefault(place.name, place)
         return places
 
@@ -63,16 +73,12 @@ class Discovery:
             await self.files.look(model, config.endpoints_file, config)
             found()
         async with trio.open_nursery() as nursery:
-            for host in self.hosts(model, config):
-                nursery.start_soon(partial(self._look_up, host, found))
+            for resolver, host in self._names(model, config):
+                nursery.start_soon(partial(_look_up, resolver, host, found))
 
     def hosts(self, model: str, config: ModelConfig) -> set[str]:
-        """The names of which a model's endpoints are the addresses."""
-        return {
-            split_url(endpoint.url)[0].host
-            for endpoint in self._endpoints(model, config)
-            if _is_to_be_looked_up(endpoint)
-        }
+        """The names that stand for a model's endpoints."""
+        return {host for _, host in self._names(model, config)}
 
     def report(self, model: str, config: ModelConfig) -> list[Json]:
         """For ``/models/status``: the sources of a model besides its configuration."""
@@ -84,10 +90,11 @@ class Discovery:
         unused = self.additions.problems(model, config)
         if added or unused:
             reports.append(_report("order", "added", len(added), unused))
-        for host in sorted(self.hosts(model, config)):
-            trouble = self.resolver.trouble(host)
+        for resolver, host in self._names(model, config):
+            trouble = resolver.trouble(host)
             problems = [] if trouble is None else [str(trouble)]
-            reports.append(_report("dns", host, len(self.resolver.known(host)), problems))
+            kind = "dns" if resolver is self.resolver else "srv"
+            reports.append(_report(kind, host, len(resolver.known(host)), problems))
         return reports
 
     def forget_others(self, models: Iterable[tuple[str, ModelConfig]], hosts: set[str]) -> None:
@@ -96,16 +103,19 @@ class Discovery:
         :param hosts: names that somebody may connect to.
         """
         self.resolver.forget_others(hosts)
+        self.services.forget_others(hosts)
         self.files.forget_others(
             {(m, c.endpoints_file) for m, c in models if c.endpoints_file is not None}
         )
 
-    async def _look_up(self, host: str, found: Callable[[], None]) -> None:
-        try:
-            await self.resolver.addresses(host)
-        except OSError:
-            return  # it is asked for again in the background
-        found()
+    def _names(self, model: str, config: ModelConfig) -> list[tuple[Resolver, str]]:
+        """What is to be looked up, and where, each once."""
+        found: dict[tuple[bool, str], tuple[Resolver, str]] = {}
+        for endpoint in self._endpoints(model, config):
+            if _is_to_be_looked_up(endpoint):
+                is_srv, host = endpoint.resolve is Resolve.SRV, split_url(endpoint.url)[0].host
+                found[is_srv, host] = (self.services if is_srv else self.resolver, host)
+        return [*found.values()]
 
     def _endpoints(self, model: str, config: ModelConfig) -> Iterator[EndpointConfig]:
         yield from config.all_endpoints()
@@ -115,17 +125,47 @@ class Discovery:
         for endpoint in self.additions.of(model, config):
             yield config.complete(self.portion(endpoint))
 
-    def _places_of(self, endpoint: EndpointConfig) -> Iterator[Place]:
-        if _is_to_be_looked_up(endpoint):
-            for address in self.resolver.known(split_url(endpoint.url)[0].host):
-                yield Place(f"{endpoint.url} [{address}]", endpoint, address)
-        else:
+    def _places_of(
+        self, endpoint: EndpointConfig, is_down: Callable[[str], bool]
+    ) -> Iterator[Place]:
+        if not _is_to_be_looked_up(endpoint):
             yield Place(endpoint.url, endpoint)
+            return
+        host = split_url(endpoint.url)[0].host
+        if endpoint.resolve is Resolve.EACH:
+            for address in self.resolver.known(host):
+                yield Place(f"{endpoint.url} [{address}]", endpoint, address)
+            return
+
+        def name_of(service: Service) -> str:
+            return f"{endpoint.url} [{service.authority}]"
+
+        read = map(read_service, self.services.known(host))
+        services = [service for service in read if service is not None]
+        for choice in in_use(services, lambda s: is_down(name_of(s))):
+            at = _at(choice, endpoint)
+            yield Place(name_of(choice.service), at, None, choice.is_stood_in_for)
+
+
+def _at(choice: Choice, endpoint: EndpointConfig) -> EndpointConfig:
+    """The endpoint at the server that a record names."""
+    parts = urlsplit(endpoint.url)
+    url = urlunsplit(parts._replace(netloc=choice.service.authority))
+    weight = Weight((endpoint.weight or 1.0) * choice.weight)
+    return attrs.evolve(endpoint, url=Url(url), weight=weight)
+
+
+async def _look_up(resolver: Resolver, host: str, found: Callable[[], None]) -> None:
+    try:
+        await resolver.addresses(host)
+    except OSError:
+        return  # it is asked for again in the background
+    found()
 
 
 def _is_to_be_looked_up(endpoint: EndpointConfig) -> bool:
     """Whether it stands for several, of which a name server tells."""
-    if endpoint.resolve is not Resolve.EACH:
+    if endpoint.resolve not in (Resolve.EACH, Resolve.SRV):
         return False
     origin, _ = split_url(endpoint.url)
     return not origin.socket and not is_address(origin.host)

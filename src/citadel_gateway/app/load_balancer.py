@@ -15,7 +15,7 @@ import trio
 from citadel_gateway.app.discovery import Discovery
 from citadel_gateway.app.group import Group, Plan
 from citadel_gateway.app.upstream_maker import UpstreamMaker, cost_of
-from citadel_gateway.app.upstreams import Model, Upstream, tokens_needed
+from citadel_gateway.app.upstreams import Model, Place, Upstream, tokens_needed
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.config.schema import ModelConfig
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
@@ -200,7 +200,7 @@ class LoadBalancer:
         if self._is_over:
             return Moves()
         before = {upstream.place.name: upstream for upstream in model.upstreams}
-        places = self.discovery.places(model.id, model.config)
+        places = self._places(model)
         diff = compare({name: u.place for name, u in before.items()}, places)
         gone = [before[name] for name in diff.gone]
         # Others serve with some of them.
@@ -229,8 +229,16 @@ class LoadBalancer:
             for upstream in changed:
                 group.replace(upstream)
         for upstream in changed:
+            upstream.endpoint.on_standing()
             upstream.endpoint.eased()  # there may be more room
         return Moves(new, gone, changed)
+
+    def _places(self, model: Model) -> dict[str, Place]:
+        def is_down(name: str) -> bool:
+            endpoint = self.maker.endpoints.get((model.id, name))
+            return endpoint is not None and endpoint.is_out()
+
+        return self.discovery.places(model.id, model.config, is_down)
 
     def _groups_of(self, model: Model) -> list[Group]:
         return [g for g in (*self.groups, *self._older_groups) if model in g.models]
@@ -401,7 +409,7 @@ class LoadBalancer:
     def _make_model(self, name: str, config: ModelConfig) -> Model:
         threshold = self.config.load_balancer.panic_threshold
         model = Model(name, config, Quorum(threshold, partial(self._note_panic, name)))
-        places = self.discovery.places(name, config)
+        places = self._places(model)
         model.add([self.maker.make(model, place) for place in places.values()])
         return model
 

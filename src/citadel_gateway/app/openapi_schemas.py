@@ -354,7 +354,7 @@ GATEWAY: dict[str, Schema] = {
                         "sources": many(
                             thing(
                                 {
-                                    "source": one("string", enum=["file", "order", "dns"]),
+                                    "source": one("string", enum=["file", "order", "dns", "srv"]),
                                     "name": one("string", "Its path, or the name."),
                                     "endpoints": one("integer", "How many it lists."),
                                     "problems": many(

@@ -247,6 +247,7 @@ class Operations:
     def _tell(self, what: str, endpoints: list[Endpoint]) -> None:
         for endpoint in endpoints:
             self.on_order(what, endpoint)
+        self.follow()  # others may stand in for them
         self.pump()
 
     def _all(self) -> list[Endpoint]:

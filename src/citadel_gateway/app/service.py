@@ -133,6 +133,9 @@ class UnifiedAPIGatewayService:
         self.resolver.on_trouble = self._chronicle.name_trouble
         self.resolver.on_change = lambda host: self.watch.note_change(host)
         self.discovery = Discovery(self.resolver)
+        self.discovery.services.ttl = config.load_balancer.dns_ttl
+        self.discovery.services.on_trouble = self._chronicle.name_trouble
+        self.discovery.services.on_change = lambda host: self.watch.note_change(host)
         self.discovery.files.on_trouble = self._chronicle.list_trouble
         self.discovery.files.on_change = lambda path: self.watch.note_change(path)
         self._dialer = None if connect is not None else self._make_dialer(config)
@@ -525,7 +528,7 @@ class UnifiedAPIGatewayService:
             self.caps.hurry()
         waitroom.patience = config.load_balancer.queue_timeout
         waitroom.resize(config.load_balancer.queue_size, config.load_balancer.lower_priority_share)
-        self.resolver.ttl = config.load_balancer.dns_ttl
+        self.resolver.ttl = self.discovery.services.ttl = config.load_balancer.dns_ttl
         self.overload.limit_to(config.performance)
         self.log.level = _level(config)
         if self._dialer is not None:
@@ -580,6 +583,7 @@ class UnifiedAPIGatewayService:
             "upkeep": self._run_upkeep,
             "rest timers": self._rests.run,
             "names": self.resolver.run,
+            "services": self.discovery.services.run,
             "endpoint files": self.discovery.files.run,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
@@ -649,6 +653,8 @@ class UnifiedAPIGatewayService:
 
     def _note_flip(self, endpoint: Endpoint) -> None:
         self._chronicle.flip(endpoint)
+        if self.discovery.services.knows_any():
+            self.watch.note_change(endpoint.url)  # others may stand in for it, or need not any more
         self.admission.pump()
 
     def _take_less(self, level: Level) -> None:

@@ -77,6 +77,7 @@ class UpstreamMaker:
         endpoint, numbers, balancing = upstream.endpoint, upstream.numbers, self.balancing
         before = (endpoint.weight, endpoint.cost, endpoint.slow_start)
         endpoint.weight, endpoint.cost = numbers.weight, numbers.cost
+        endpoint.is_stood_in_for = upstream.place.is_stood_in_for
         self._resize(endpoint, numbers)
         endpoint.breaker.renew(self._breaker_policy())
         endpoint.health.rise = balancing.healthy_after

@@ -38,11 +38,13 @@ class Place:
 
     :param name: its URL, and behind it, in brackets, which of those it is that the URL stands for.
     :param address: the only one of its host's addresses to go to.
+    :param is_stood_in_for: others are used because all of its priority are down.
     """
 
     name: str
     config: EndpointConfig
     address: str | None = None
+    is_stood_in_for: bool = False
 
 
 @attrs.define(eq=False)

@@ -124,8 +124,12 @@ def _reach_rules(
         if not any(url.startswith("https:") for url in urls):
             yield Problem((*path, "tls"), "needs a URL that begins with https://")
         yield from _file_rules((*path, "tls"), tls)
-    if resolve is Resolve.EACH and urls and not any(map(_has_name, urls)):
-        yield Problem((*path, "resolve"), "'each' needs a URL with a name in it")
+    if resolve in (Resolve.EACH, Resolve.SRV) and urls:
+        how = (*path, "resolve")
+        if not any(map(_has_name, urls)):
+            yield Problem(how, f"{resolve.value!r} needs a URL with a name in it")
+        elif resolve is Resolve.SRV and all(urlsplit(url).port for url in urls):
+            yield Problem(how, "'srv' needs a URL without a port, which the records tell")
 
 
 def _has_name(url: str) -> bool:

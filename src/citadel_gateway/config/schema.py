@@ -176,7 +176,8 @@ class LoadBalancerConfig:
     )
     dns_ttl: Seconds = option(
         Seconds(10.0),
-        "Names of endpoints are looked up again after it; the system tells no time to live.",
+        "Names of endpoints are looked up again after it; the system tells no time to live.  SRV "
+        "records tell their own.",
     )
 
 
@@ -274,7 +275,8 @@ class ModelConfig:
     api_key: Secret | None = secret("Sent to the endpoints as a bearer token.")
     resolve: Resolve = option(
         Resolve.TOGETHER,
-        "Where a name has several addresses: one endpoint together, or each one of its own.",
+        "Where a name has several addresses: one endpoint together, or each one of its own; srv: "
+        "each server that its SRV records name is one, at their port and with their weight.",
     )
     tls: TlsConfig = option(TlsConfig(), "How to speak TLS to the endpoints.")
 
