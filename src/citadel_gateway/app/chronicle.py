@@ -62,6 +62,18 @@ class Chronicle:
                 problem=redact(problem),
             )
 
+    def backend_trouble(self, url: str, problem: str | None) -> None:
+        """A backend does not say what it has, or does again."""
+        if problem is None:
+            self.log.event(logging.INFO, "the backend lists its models again", endpoint=url)
+            return
+        self.log.event(
+            logging.WARNING,
+            "the backend does not list its models; what it listed last stays in use",
+            endpoint=url,
+            error=redact(problem),
+        )
+
     def name_trouble(self, host: str, error: OSError | None) -> None:
         if error is None:
             self.log.event(logging.INFO, "the name can be looked up again", host=host)
@@ -109,14 +121,13 @@ class Chronicle:
 
     def trust(self, config: GatewayConfigSchema) -> None:
         """Endpoints may pretend to be others."""
-        for model in config.models.values():
-            for endpoint in model.all_endpoints():
-                if endpoint.tls is not None and endpoint.tls.insecure_skip_verify:
-                    self.log.event(
-                        logging.WARNING,
-                        "certificates are not verified (insecure_skip_verify)",
-                        endpoint=endpoint.url,
-                    )
+        for endpoint in config.all_endpoints():
+            if endpoint.tls is not None and endpoint.tls.insecure_skip_verify:
+                self.log.event(
+                    logging.WARNING,
+                    "certificates are not verified (insecure_skip_verify)",
+                    endpoint=endpoint.url,
+                )
 
     def listening(self, address: Address, config: GatewayConfigSchema, *, is_alone: bool) -> None:
         """It serves; with what nobody may have meant."""

@@ -1,10 +1,10 @@
 """Where the endpoints of a model are, by everything that may say so.
 
 Theory of operation.  A source is whatever lists endpoints: the configuration, a file, an operator,
-a name.  What each has last said is known without waiting, and outlives the configuration that asked
-for it.  The lists are laid over each other, in that order, and who is named first counts; so an
-endpoint that two sources list stays until the last of them has dropped it.  Sources that fail have
-still said what they last said.
+a backend, a name.  What each has last said is known without waiting, and outlives the configuration
+that asked for it.  The lists are laid over each other, in that order, and who is named first
+counts; so an endpoint that two sources list stays until the last of them has dropped it.  Sources
+that fail have still said what they last said.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import trio
 
 from citadel_gateway.app.additions import Additions
 from citadel_gateway.app.upstreams import Place
-from citadel_gateway.config.schema import EndpointConfig, ModelConfig
-from citadel_gateway.config.values import Resolve, Url, Weight
+from citadel_gateway.config.schema import EndpointConfig, GatewayConfigSchema, ModelConfig
+from citadel_gateway.config.values import Count, Name, Resolve, Url, Weight
+from citadel_gateway.io.catalogue import Catalogue
 from citadel_gateway.io.endpoint_files import EndpointFiles
 from citadel_gateway.io.logs import redact
 from citadel_gateway.io.resolver import Resolver, is_address
@@ -40,12 +41,14 @@ class Discovery:
     """What the sources of all models have last said.
 
     :param services: knows the SRV records of names, in presentation format.
+    :param catalogue: knows what backends list, if there can be any.
     :param portion: this process's part of the limits that an endpoint has by itself.
     """
 
     resolver: Resolver
     services: Resolver = attrs.field(factory=lambda: Resolver(lookup=make_service_lookup()))
     files: EndpointFiles = attrs.field(factory=EndpointFiles)
+    catalogue: Catalogue | None = None
     additions: Additions = attrs.field(factory=Additions)
     portion: Callable[[EndpointConfig], EndpointConfig] = _whole
 
@@ -90,6 +93,9 @@ class Discovery:
         unused = self.additions.problems(model, config)
         if added or unused:
             reports.append(_report("order", "added", len(added), unused))
+        if self.catalogue is not None:
+            for url, problem in self.catalogue.report(config.upstream_model or model):
+                reports.append(_report("backend", url, 1, [] if problem is None else [problem]))
         for resolver, host in self._names(model, config):
             trouble = resolver.trouble(host)
             problems = [] if trouble is None else [str(trouble)]
@@ -122,8 +128,32 @@ class Discovery:
         if config.endpoints_file is not None:
             for endpoint in self.files.known(model, config.endpoints_file):
                 yield config.complete(self.portion(endpoint))
-        for endpoint in self.additions.of(model, config):
+        for endpoint in (*self.additions.of(model, config), *self._backends(model, config)):
             yield config.complete(self.portion(endpoint))
+
+    def _backends(self, model: str, config: ModelConfig) -> list[EndpointConfig]:
+        if self.catalogue is None:
+            return []
+        listed = self.catalogue.serving(config.upstream_model or model)
+        return [attrs.evolve(backend, resolve=Resolve.TOGETHER) for backend in listed]
+
+    def _portion_of(self, most: Count) -> Count:
+        return self.portion(EndpointConfig(url=Url(""), max_concurrent=most)).max_concurrent or most
+
+    def lay_over(self, config: GatewayConfigSchema) -> GatewayConfigSchema:
+        """*config* with the models that only backends list.
+
+        A name by which a configured model is known, or its engines know it, is that model.
+        """
+        names = [] if self.catalogue is None else self.catalogue.names()
+        taken = {*config.models}
+        for model in config.models.values():
+            taken |= {*model.aliases}
+            if model.upstream_model is not None:
+                taken.add(model.upstream_model)
+        own = ModelConfig(max_concurrent=self._portion_of(ModelConfig().max_concurrent))
+        found = {Name(name): own for name in names if name not in taken}
+        return attrs.evolve(config, models={**config.models, **found}) if found else config
 
     def _places_of(
         self, endpoint: EndpointConfig, is_down: Callable[[str], bool]

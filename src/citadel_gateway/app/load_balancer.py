@@ -343,7 +343,7 @@ class LoadBalancer:
             raise model_not_allowed(model.id)
         if not model.can_answer(request):
             raise _cannot_answer(model.id, request.kind)
-        fallbacks = [self.models[f] for f in model.config.fallbacks]
+        fallbacks = [self.models[f] for f in model.config.fallbacks if f in self.models]
         usable = [
             m
             for m in fallbacks

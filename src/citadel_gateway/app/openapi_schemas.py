@@ -354,7 +354,9 @@ GATEWAY: dict[str, Schema] = {
                         "sources": many(
                             thing(
                                 {
-                                    "source": one("string", enum=["file", "order", "dns", "srv"]),
+                                    "source": one(
+                                        "string", enum=["file", "order", "backend", "dns", "srv"]
+                                    ),
                                     "name": one("string", "Its path, or the name."),
                                     "endpoints": one("integer", "How many it lists."),
                                     "problems": many(

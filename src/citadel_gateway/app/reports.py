@@ -113,9 +113,9 @@ class Reports:
         }
 
     def _status(self, available: int) -> str:
-        if available == len(self.balancer.models):
-            return "healthy"
-        return "degraded" if available else "unhealthy"
+        if not available:
+            return "unhealthy"
+        return "healthy" if available == len(self.balancer.models) else "degraded"
 
     def _card(self, model: Model, now: float) -> Json:
         available = any(u.endpoint.is_available(now) for u in model.upstreams)

@@ -51,6 +51,7 @@ from citadel_gateway.config.restart import keep_what_is_fixed
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.catalogue import Catalogue
 from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.crowd import Turns
 from citadel_gateway.io.deadlines import Deadlines
@@ -177,6 +178,12 @@ class UnifiedAPIGatewayService:
                 name=self.findings.name,
             )
         self._probe_client = make_probe_client(self.pool)
+        self._base = config  # without the models that only backends list
+        self._other_models = trio.Event()
+        self.catalogue = self.discovery.catalogue = Catalogue(self._probe_client)
+        self.catalogue.on_trouble = self._chronicle.backend_trouble
+        self.catalogue.on_change = self._note_listing
+        self._follow_backends(config)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         self.operations = Operations(
             lambda: self.balancer,
@@ -321,12 +328,15 @@ class UnifiedAPIGatewayService:
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._chronicle.background_crash)
                 )
+            with trio.move_on_after(_FIRST_ROUND):
+                await self.catalogue.look()
             await self.watch.look_once(_FIRST_ROUND)
             if self.caps is not None:
                 await self.caps.begun.wait()
             background.start_soon(self._run_generation, self.generation)
             self._background = background
             try:
+                await self._take_in_models()
                 yield
             finally:
                 self._background = None
@@ -501,20 +511,33 @@ class UnifiedAPIGatewayService:
         async with self._adopting:
             if self._background is None:
                 raise RuntimeError("the gateway is not open")
-            previous = self.generation
-            wanted, kept = keep_what_is_fixed(previous.config, as_schema(config))
+            base, kept = keep_what_is_fixed(self._base, as_schema(config))
             tls = TlsFiles({}, None)
-            if names_tls_files(wanted):
-                tls = await trio.to_thread.run_sync(read_tls_files, wanted, abandon_on_cancel=True)
-            generation = self._make_generation(wanted, digest, previous)
-            self._coming = generation
+            if names_tls_files(base):
+                tls = await trio.to_thread.run_sync(read_tls_files, base, abandon_on_cancel=True)
+            self._follow_backends(base)
             try:
-                await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
-                self._succeed(generation, previous, tls)
+                with trio.move_on_after(_FIRST_ROUND):
+                    await self.catalogue.look_at_new()
+                await self._make_way(base, tls, digest)
             finally:
-                self._coming = None
+                self._follow_backends(self._base)
             for what in kept:
                 self.log.event(logging.WARNING, "needs a restart", problem=what)
+
+    async def _make_way(self, base: GatewayConfigSchema, tls: TlsFiles, digest: str) -> None:
+        previous = self.generation
+        wanted = self.discovery.lay_over(base)
+        generation = self._make_generation(wanted, digest, previous)
+        if base is self._base:  # it is the models of the backends that are others
+            generation.number, generation.since = previous.number, previous.since
+        self._coming = generation
+        try:
+            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
+            self._succeed(generation, previous, tls)
+            self._base = base
+        finally:
+            self._coming = None
 
     def _succeed(self, generation: Generation, previous: Generation, tls: TlsFiles) -> None:
         """Let *generation* be the current one.  Waits for nobody."""
@@ -544,9 +567,10 @@ class UnifiedAPIGatewayService:
         previous.retire()
         self._rests.note()  # other breakers; and those who wait are called, as there is room
         after = {u.endpoint.url for u in generation.balancer.upstreams}
+        is_same = generation.number == previous.number
         self.log.event(
             logging.INFO,
-            "configuration",
+            "models" if is_same else "configuration",
             generation=generation.number,
             sha256=generation.digest or None,
             added=sorted(after - before),
@@ -563,6 +587,40 @@ class UnifiedAPIGatewayService:
             ((m.id, m.config) for balancer in used for m in balancer.models.values()),
             {host for balancer in used for host in balancer.hosts},
         )
+
+    def _follow_backends(self, config: GatewayConfigSchema) -> None:
+        self.catalogue.every = config.load_balancer.models_interval
+        self.catalogue.within = config.load_balancer.health_check_timeout
+        self.catalogue.follow(config.backends)
+
+    def _note_listing(self, url: str) -> None:
+        self.watch.note_change(url)
+        self._other_models.set()
+
+    async def _watch_models(self) -> None:
+        """Have the models that backends list, for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.catalogue.run)
+            while True:
+                await self._other_models.wait()
+                self._other_models = trio.Event()
+                await self._take_in_models()
+
+    async def _take_in_models(self) -> None:
+        """Serve the models that backends list now, and no others but the configured ones.
+
+        That is done as for another configuration, so that requests end with what they began with.
+        """
+        async with self._adopting:
+            wanted = self.discovery.lay_over(self._base).models
+            if self._background is None or wanted.keys() == self.balancer.models.keys():
+                return
+            tls = TlsFiles({}, None)
+            if names_tls_files(self._base):
+                tls = await trio.to_thread.run_sync(
+                    read_tls_files, self._base, abandon_on_cancel=True
+                )
+            await self._make_way(self._base, tls, self.generation.digest)
 
     def _configuration(self) -> dict[str, Any]:
         """What ``/models/status`` says of the configuration."""
@@ -583,6 +641,7 @@ class UnifiedAPIGatewayService:
             "upkeep": self._run_upkeep,
             "rest timers": self._rests.run,
             "names": self.resolver.run,
+            "models of backends": self._watch_models,
             "services": self.discovery.services.run,
             "endpoint files": self.discovery.files.run,
             "log": self.log.flush_for_ever,
@@ -607,7 +666,8 @@ class UnifiedAPIGatewayService:
             if trio.current_time() >= forget_at:
                 self.doorkeeper.limiter.forget_full(trio.current_time())
                 known = {endpoint.url for endpoint in self.levels().endpoints}
-                self.metrics.forget_absent(known, trio.current_time())
+                models = {*self.balancer.models, "auto"}
+                self.metrics.forget_absent(known, models, trio.current_time())
                 forget_at += _FORGET
 
     # What happens is told to the metrics and the log.

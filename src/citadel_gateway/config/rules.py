@@ -29,6 +29,7 @@ def cross_field_problems(config: GatewayConfigSchema) -> Iterator[Problem]:
         yield from _must_be_models(config, ("gateway", "default_model"), [default])
     for name, model in config.models.items():
         yield from _model_rules(config, name, model)
+    yield from _backend_rules(config)
     yield from _key_rules(config)
     yield from _listener_rules(config)
     yield from _store_rules(config.store)
@@ -65,19 +66,19 @@ def _must_be_models(
     config: GatewayConfigSchema, path: Steps, names: Iterable[str]
 ) -> Iterator[Problem]:
     for name in names:
-        if name not in config.models:
+        if name not in config.models and not config.backends:  # which may list it
             hint = suggestion(name, config.models) or f"; models: {', '.join(config.models)}"
             yield Problem(path, f"{name!r} is not a model{hint}")
 
 
 def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> Iterator[Problem]:
     path = ("models", name)
-    if not model.all_endpoints() and not model.endpoints_file:
+    if not model.all_endpoints() and not model.endpoints_file and not config.backends:
         yield Problem(path, "needs `endpoint`, `endpoints` or `endpoints_file`")
     if model.min_concurrent is not None and model.min_concurrent > model.max_concurrent:
         yield _too_many((*path, "min_concurrent"), model.min_concurrent, model.max_concurrent)
     urls = [e.url for e in model.all_endpoints()]
-    if model.endpoints_file is None:
+    if model.endpoints_file is None and not config.backends:
         yield from _reach_rules(path, model.tls, model.resolve, urls)
     elif model.tls != TlsConfig():
         yield from _file_rules((*path, "tls"), model.tls)
@@ -93,6 +94,16 @@ def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> 
         if fallback == name:
             yield Problem(where, "a model cannot be its own fallback")
         yield from _must_be_models(config, where, [fallback])
+
+
+def _backend_rules(config: GatewayConfigSchema) -> Iterator[Problem]:
+    if not config.models and not config.backends:
+        yield Problem(("models",), "is required")
+    yield from endpoint_problems(("backends",), ModelConfig(endpoints=config.backends))
+    for index, backend in enumerate(config.backends):
+        if backend.resolve not in (None, Resolve.TOGETHER):
+            path = ("backends", index, "resolve")
+            yield Problem(path, "a backend is one server, so it is 'together'")
 
 
 def endpoint_problems(path: Steps, model: ModelConfig) -> Iterator[Problem]:

@@ -174,6 +174,9 @@ class LoadBalancerConfig:
         "How long the share and the concurrency of an endpoint that has come back, or joins "
         "others, take to grow to what they should be; 0: none.",
     )
+    models_interval: Seconds = option(
+        Seconds(10.0), "Between two looks at the models that a backend lists."
+    )
     dns_ttl: Seconds = option(
         Seconds(10.0),
         "Names of endpoints are looked up again after it; the system tells no time to live.  SRV "
@@ -453,7 +456,12 @@ class GatewayConfigSchema:
     service: ServiceConfig = option(ServiceConfig(), "Where the gateway listens.")
     gateway: RoutingConfig = option(RoutingConfig(), "Which model answers.")
     load_balancer: LoadBalancerConfig = option(LoadBalancerConfig(), "Which endpoint answers.")
-    models: dict[Name, ModelConfig] = required("The models, by the name clients ask for.")
+    models: dict[Name, ModelConfig] = option({}, "The models, by the name clients ask for.")
+    backends: tuple[EndpointConfig, ...] = option(
+        (),
+        "Servers whose models are found out: each serves those that its /v1/models lists, whether "
+        "they are configured or not.",
+    )
     performance: PerformanceConfig = option(PerformanceConfig(), "Limits of the whole gateway.")
     streaming: StreamingConfig = option(StreamingConfig(), "Streams that break or keep silent.")
     store: StoreConfig = option(StoreConfig(), "What several gateways share.")
@@ -467,4 +475,9 @@ class GatewayConfigSchema:
 
     def default_model(self) -> Name:
         """The model that answers when none is asked for and none may be chosen."""
-        return self.gateway.default_model or next(iter(self.models))
+        return self.gateway.default_model or next(iter(self.models), Name(""))
+
+    def all_endpoints(self) -> list[EndpointConfig]:
+        """Of all models, and the backends."""
+        listed = [e for model in self.models.values() for e in model.all_endpoints()]
+        return [*listed, *self.backends]

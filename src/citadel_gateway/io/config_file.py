@@ -68,12 +68,7 @@ def stamp_of(path: str) -> Stamp:
 
 def _tls_files(config: GatewayConfigSchema) -> list[str]:
     """Certificates and keys: their names stay when they are renewed."""
-    used = [
-        tls
-        for model in config.models.values()
-        for endpoint in model.all_endpoints()
-        if (tls := endpoint.tls) is not None
-    ]
+    used = [tls for endpoint in config.all_endpoints() if (tls := endpoint.tls) is not None]
     files = [config.service.tls_certfile, config.service.tls_keyfile]
     for tls in used:
         files += [tls.ca_file, tls.cert_file, tls.key_file]
