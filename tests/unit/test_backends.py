@@ -127,8 +127,10 @@ async def test_models_that_backends_list_are_served_from_the_start(
 ) -> None:
     async with running_gateway(backends("a"), hosts=["a"]) as world:
         (name,) = await ids(world)
+        warmth = world.endpoint("a").warmth
         answer = await world.ask(name)
 
+    assert warmth == 1.0
     assert (answer.status, host(answer)) == (200, "a")
 
 

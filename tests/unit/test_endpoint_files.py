@@ -175,6 +175,21 @@ async def test_a_file_that_is_written_in_place_is_noticed_too(
         assert await hosts(world, 2) == {"b": 2}
 
 
+async def test_a_file_is_not_read_while_it_is_half_written(
+    autojump_clock: MockClock, path: Path
+) -> None:
+    listing(path, "a")
+    async with running_gateway(from_file(path), hosts=["a", "b"]) as world:
+        for text in ("[", "[{url: ", "[{url: 'http://b", "[{url: 'http://b:8000'}]"):
+            write(path, text)
+            await trio.sleep(0.5)
+        await trio.sleep(NOTICED)
+        troubles = [line for line in world.log.lines if "list of endpoints" in line["event"]]
+        answers = await hosts(world, 2)
+
+    assert (troubles, answers) == ([], {"b": 2})
+
+
 async def test_requests_with_an_endpoint_that_is_dropped_finish(
     autojump_clock: MockClock, path: Path
 ) -> None:

@@ -336,7 +336,7 @@ class UnifiedAPIGatewayService:
             background.start_soon(self._run_generation, self.generation)
             self._background = background
             try:
-                await self._take_in_models()
+                await self._take_in_models(joins=False)
                 yield
             finally:
                 self._background = None
@@ -525,7 +525,10 @@ class UnifiedAPIGatewayService:
             for what in kept:
                 self.log.event(logging.WARNING, "needs a restart", problem=what)
 
-    async def _make_way(self, base: GatewayConfigSchema, tls: TlsFiles, digest: str) -> None:
+    async def _make_way(
+        self, base: GatewayConfigSchema, tls: TlsFiles, digest: str, *, joins: bool = True
+    ) -> None:
+        """Let the next generation be the current one, once what is new in it has been probed."""
         previous = self.generation
         wanted = self.discovery.lay_over(base)
         generation = self._make_generation(wanted, digest, previous)
@@ -533,7 +536,7 @@ class UnifiedAPIGatewayService:
             generation.number, generation.since = previous.number, previous.since
         self._coming = generation
         try:
-            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
+            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND, joins=joins)
             self._succeed(generation, previous, tls)
             self._base = base
         finally:
@@ -606,10 +609,12 @@ class UnifiedAPIGatewayService:
                 self._other_models = trio.Event()
                 await self._take_in_models()
 
-    async def _take_in_models(self) -> None:
+    async def _take_in_models(self, *, joins: bool = True) -> None:
         """Serve the models that backends list now, and no others but the configured ones.
 
         That is done as for another configuration, so that requests end with what they began with.
+
+        :param joins: the endpoints of new models start slowly.
         """
         async with self._adopting:
             wanted = self.discovery.lay_over(self._base).models
@@ -620,7 +625,7 @@ class UnifiedAPIGatewayService:
                 tls = await trio.to_thread.run_sync(
                     read_tls_files, self._base, abandon_on_cancel=True
                 )
-            await self._make_way(self._base, tls, self.generation.digest)
+            await self._make_way(self._base, tls, self.generation.digest, joins=joins)
 
     def _configuration(self) -> dict[str, Any]:
         """What ``/models/status`` says of the configuration."""

@@ -55,15 +55,18 @@ class Watch:
         """A source lists others than before."""
         self._news.set()
 
-    async def look_at_new(self, previous: Watch, within: float) -> None:
-        """Probe those that *previous* does not know, as far as can be known *within* that time."""
+    async def look_at_new(self, previous: Watch, within: float, *, joins: bool = True) -> None:
+        """Probe those that *previous* does not know, as far as can be known *within* that time.
+
+        :param joins: they find others at work, and start slowly.
+        """
         with trio.move_on_after(within):
             await self.balancer.discover()
             checkers = [self._add(upstream) for upstream in self.balancer.upstreams]
             new = [c for c in checkers if c.endpoint not in previous._checkers]
             for checker in new:
                 checker.endpoint.health = self.balancer.maker.unknown_health()
-                checker.endpoint.is_newcomer = True
+                checker.endpoint.is_newcomer = joins
             await check_all(new, within)
 
     def take_over(self, previous: Watch) -> None:
