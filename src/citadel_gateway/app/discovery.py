@@ -36,6 +36,26 @@ def _whole(endpoint: EndpointConfig) -> EndpointConfig:
     return endpoint
 
 
+@attrs.frozen
+class _Configured:
+    """What the configuration alone says of a model's endpoints.
+
+    :param places: of those that are where their URLs say, which are most.
+    :param for_several: those that are to be looked up.
+    """
+
+    config: ModelConfig
+    places: dict[str, Place]
+    for_several: tuple[EndpointConfig, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> _Configured:
+        listed = config.all_endpoints()
+        several = tuple(filter(_is_to_be_looked_up, listed))
+        single = [Place(e.url, e) for e in listed if e not in several]
+        return cls(config, {place.name: place for place in single}, several)
+
+
 @attrs.define(eq=False)
 class Discovery:
     """What the sources of all models have last said.
@@ -51,6 +71,7 @@ class Discovery:
     catalogue: Catalogue | None = None
     additions: Additions = attrs.field(factory=Additions)
     portion: Callable[[EndpointConfig], EndpointConfig] = _whole
+    _configured: dict[str, _Configured] = attrs.field(factory=dict, init=False)
 
     def places(
         self, model: str, config: ModelConfig, is_down: Callable[[str], bool]
@@ -59,8 +80,8 @@ class Discovery:
 
         :param is_down: whether the endpoint with that name is there, and of no use.
         """
-        places: dict[str, Place] = {}
-        for endpoint in self._endpoints(model, config):
+        places = {**self._configured_of(model, config).places}
+        for endpoint in self._others(model, config):
             for place in self._places_of(endpoint, is_down):
                 places.setdefault(place.name, place)
         return places
@@ -108,6 +129,9 @@ class Discovery:
 
         :param hosts: names that somebody may connect to.
         """
+        models = [*models]
+        for gone in self._configured.keys() - {model for model, _ in models}:
+            del self._configured[gone]
         self.resolver.forget_others(hosts)
         self.services.forget_others(hosts)
         self.files.forget_others(
@@ -117,14 +141,22 @@ class Discovery:
     def _names(self, model: str, config: ModelConfig) -> list[tuple[Resolver, str]]:
         """What is to be looked up, and where, each once."""
         found: dict[tuple[bool, str], tuple[Resolver, str]] = {}
-        for endpoint in self._endpoints(model, config):
+        for endpoint in self._others(model, config):
             if _is_to_be_looked_up(endpoint):
                 is_srv, host = endpoint.resolve is Resolve.SRV, split_url(endpoint.url)[0].host
                 found[is_srv, host] = (self.services if is_srv else self.resolver, host)
         return [*found.values()]
 
-    def _endpoints(self, model: str, config: ModelConfig) -> Iterator[EndpointConfig]:
-        yield from config.all_endpoints()
+    def _configured_of(self, model: str, config: ModelConfig) -> _Configured:
+        """Kept, as it is asked for with every page of metrics."""
+        known = self._configured.get(model)
+        if known is None or known.config is not config:
+            known = self._configured[model] = _Configured.of(config)
+        return known
+
+    def _others(self, model: str, config: ModelConfig) -> Iterator[EndpointConfig]:
+        """All that may come and go."""
+        yield from self._configured_of(model, config).for_several
         if config.endpoints_file is not None:
             for endpoint in self.files.known(model, config.endpoints_file):
                 yield config.complete(self.portion(endpoint))

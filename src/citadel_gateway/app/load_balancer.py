@@ -202,6 +202,8 @@ class LoadBalancer:
         before = {upstream.place.name: upstream for upstream in model.upstreams}
         places = self._places(model)
         diff = compare({name: u.place for name, u in before.items()}, places)
+        if not (diff.come or diff.gone or diff.changed):
+            return Moves()
         gone = [before[name] for name in diff.gone]
         # Others serve with some of them.
         shared = {u.endpoint for u in self._previous.upstreams} if self._previous else set()

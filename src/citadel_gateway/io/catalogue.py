@@ -22,7 +22,7 @@ class _Backend:
     """:param names: what it last listed; ``None`` before it has listed anything."""
 
     config: EndpointConfig
-    names: tuple[str, ...] | None = None
+    names: dict[str, None] | None = None
     problem: str | None = None
 
 
@@ -105,7 +105,7 @@ class Catalogue:
             backend.names = names
             self.on_change(backend.config.url)
 
-    async def _list(self, config: EndpointConfig) -> tuple[str, ...]:
+    async def _list(self, config: EndpointConfig) -> dict[str, None]:
         origin, base = split_url(config.url)
         if origin.scheme == "https":
             origin = attrs.evolve(origin, tls=config.tls)
@@ -114,4 +114,4 @@ class Catalogue:
         body = await get_small(self.client, f"{root}/v1/models", headers, origin)
         if not body:
             raise ValueError("its answer has another status than 200, or is too long")
-        return tuple(name for name in read_model_names(body) if name != _AUTO)
+        return dict.fromkeys(name for name in read_model_names(body) if name != _AUTO)
