@@ -14,6 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from citadel_gateway.config.loader import ConfigError, parse
+from citadel_gateway.config.share import portion_of
 from citadel_gateway.wire.model_list import MOST, read_model_names
 from tests.support import scripted_engine as engines
 from tests.support.gateway import World, endpoint, fleet, gather, running_gateway
@@ -261,3 +262,24 @@ async def test_counts_of_a_model_that_is_gone_are_forgotten(autojump_clock: Mock
     assert 'model="y"' in soon
     assert 'model="y"' not in later
     assert 'model="x"' in later
+
+
+async def test_a_worker_without_a_store_has_its_part_of_what_is_found_out(
+    autojump_clock: MockClock,
+) -> None:
+    config = backends("a", store={"kind": "memory"})
+    config["backends"][0]["max_concurrent"] = 8
+    async with running(config, a=(), b=("x",)) as world:
+        service = world.service
+        service.discovery.portion = portion_of(service.config, 0, 4)
+        say(world, "a", listing("x"))
+        await trio.sleep(NOTICED)
+
+        assert world.endpoint("a").max_concurrent == 2
+
+
+def test_with_a_store_each_worker_may_have_all() -> None:
+    config = parse(backends("a", store={"kind": "lmdb"}))
+    (backend,) = config.backends
+
+    assert portion_of(config, 0, 4)(backend) is backend

@@ -277,11 +277,15 @@ async def test_another_key_is_shown_to_the_engine_and_to_its_probe(
         await world.ask("m")
         listing(path, "a", api_key="new")
         await trio.sleep(NOTICED)
+        probes = [
+            e.headers["authorization"] for e in world.engines["a"].ledger if e.method == "GET"
+        ]
         await world.ask("m")
         keys = [entry.headers["authorization"] for entry in world.engines["a"].posts]
         (checker,) = world.service.watch.checkers
 
         assert keys == ["Bearer old", "Bearer new"]
+        assert probes[-1] == "Bearer new"  # at once, not at the next interval
         assert checker.probe.headers == {"authorization": "Bearer new"}
 
 
@@ -326,6 +330,19 @@ async def test_a_reload_keeps_what_a_file_lists(autojump_clock: MockClock, path:
 
     assert before == after
     assert answers == {"b": 2}
+
+
+async def test_a_list_that_another_configuration_of_the_model_rules_out_is_bad_from_then_on(
+    autojump_clock: MockClock, path: Path
+) -> None:
+    listing(path, "a", min_concurrent=6)
+    async with running_gateway(from_file(path), hosts=["a"]) as world:
+        await world.service.adopt(parse(from_file(path, max_concurrent=4), source="test"))
+        (source,) = (await status(world))["sources"]
+        answer = (await world.ask("m")).status
+
+    assert source["problems"] == ["[0].min_concurrent: 6 is more than max_concurrent, 4 (line 1)"]
+    assert answer == 200
 
 
 async def test_endpoints_move_from_the_configuration_into_a_file_and_no_request_notices(
