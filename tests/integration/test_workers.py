@@ -324,6 +324,47 @@ async def test_orders_reach_all_workers_and_those_that_come_later(tmp_path: Path
     assert (asked, later) == ([0, 20], [0, 40])
 
 
+async def test_endpoints_that_are_added_reach_all_workers_and_those_that_come_later(
+    tmp_path: Path,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monitoring = {"prometheus_port": port, "access_log": False}
+    async with serving(tmp_path, 2, sections={"monitoring": monitoring}) as gateway:
+        urls = [f"http://127.0.0.1:{each}" for each in gateway.here.ports]
+
+        async def order(what: str, **fields: Any) -> RawResponse:
+            async with await RawClient.connect(port) as operator:
+                path = f"/admin/endpoints/{what}"
+                return await operator.request("POST", path, fields, [("host", "localhost")])
+
+        async def listed() -> list[int]:
+            report = (await gateway.get("/models/status")).json()["models"]
+            return [len(model["endpoints"]) for model in report.values()]
+
+        name = next(iter((await gateway.get("/models/status")).json()["models"]))
+        alias = urls[0].replace("127.0.0.1", "localhost")
+        before = await listed()
+        added = await order("add", endpoint=alias, model=name, weight=2)
+        bad = await order("add", endpoint=alias, model=name, weight=-2)
+        start = len(gateway.here.log.lines)
+        os.kill((await gateway.report())["workers"][0]["pid"], signal.SIGKILL)
+        await gateway.here.log.wait_for("listening", start)
+        await gateway.until_ready(2)
+        later = [await listed() for _ in range(4)]
+        await gateway.tell(signal.SIGUSR2, "all workers have been replaced")
+        rolled = [await listed() for _ in range(4)]
+        removed = await order("remove", endpoint=alias)
+        after = [await listed() for _ in range(4)]
+
+    more = [before[0] + 1, *before[1:]]
+    assert (added.status, bad.status, bad.json()["error"]["param"]) == (200, 400, "weight")
+    assert [each["endpoint"] for each in added.json()["endpoints"]] == [alias]
+    assert later == rolled == [more] * 4
+    assert removed.json()["drained"]
+    assert after == [before] * 4
+
+
 async def test_the_service_manager_hears_of_one_gateway(tmp_path: Path) -> None:
     address = tmp_path / "notify"
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -331,6 +331,17 @@ def test_an_endpoint_is_taken_out_of_service_and_put_back(operated: Running) -> 
     assert run("status", "--once", "--url", operated.url).exit_code == 0
 
 
+def test_an_endpoint_is_added_and_removed(operated: Running) -> None:
+    other = operated.engine.replace("127.0.0.1", "localhost")
+    added = run("add", other, "--url", operated.url, "--model", "small", "--weight", "2")
+    removed = run("remove", other, "--url", operated.url)
+    again = run("remove", other, "--url", operated.url)
+
+    assert (added.exit_code, removed.exit_code, again.exit_code) == (0, 0, 1)
+    assert added.stdout == removed.stdout == f"small  {other}  in service, 0 in flight\n"
+    assert "There is no endpoint" in again.stderr
+
+
 def test_an_unknown_endpoint_fails_and_names_the_known_ones(operated: Running) -> None:
     result = run("cordon", "http://127.0.0.1:1", "--url", operated.url)
 

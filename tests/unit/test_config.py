@@ -374,8 +374,8 @@ def test_an_endpoint_may_adapt_otherwise_than_its_model() -> None:
     [
         (
             {"models": {"m": {}, "n": None}},
-            ["models.m: needs `endpoint` or `endpoints`",
-             "models.n: needs `endpoint` or `endpoints`"],
+            ["models.m: needs `endpoint`, `endpoints` or `endpoints_file`",
+             "models.n: needs `endpoint`, `endpoints` or `endpoints_file`"],
         ),
         (
             with_section("gateway", default_model="n"),
@@ -471,6 +471,15 @@ def test_an_endpoint_may_adapt_otherwise_than_its_model() -> None:
         (
             with_section("security", cors={"allow_origins": ["*", "https://a.example"]}),
             ["security.cors.allow_origins: '*' already allows all the others"],
+        ),
+        (
+            {"models": {"m": {"endpoints": [
+                {"url": "http://_a._tcp.b:8000", "resolve": "srv"},
+                {"url": "http://_a._tcp.b", "resolve": "srv"},
+                {"url": "http://10.0.0.1", "resolve": "srv"}]}}},
+            ["models.m.endpoints[0].resolve: "
+             "'srv' needs a URL without a port, which the records tell",
+             "models.m.endpoints[2].resolve: 'srv' needs a URL with a name in it"],
         ),
     ],
 )  # fmt: skip

@@ -106,6 +106,30 @@ def test_endpoints_that_nobody_knows_are_forgotten_after_a_while() -> None:
     assert seen == [8, 8, 1]
 
 
+def test_models_that_nobody_knows_are_forgotten_after_a_while() -> None:
+    def of(model: str) -> str:
+        return (
+            "# HELP citadel_gateway_tokens_total Tokens.\n"
+            "# TYPE citadel_gateway_tokens_total counter\n"
+            f'citadel_gateway_tokens_total{{model="{model}",kind="prompt"}} 3.0\n'
+            "# HELP gen_ai_client_token_usage Tokens.\n"
+            "# TYPE gen_ai_client_token_usage histogram\n"
+            f'gen_ai_client_token_usage_count{{gen_ai_request_model="{model}"}} 1.0\n'
+        )
+
+    host = HostPage(remembers=300)
+    host.take(1, of("gone"))
+    host.leave(1)
+    host.take(2, of("here"))
+    seen = []
+    for now in (0.0, 299.0, 300.0):
+        host.forget_absent(now)
+        seen.append("".join(host.pieces()).count('model="gone"'))
+
+    assert seen == [2, 2, 0]
+    assert "".join(host.pieces()).count('model="here"') == 2
+
+
 def test_endpoints_that_are_known_are_never_forgotten() -> None:
     host = HostPage(remembers=300)
     host.take(1, page(7))

@@ -22,7 +22,7 @@ def report(*models: str, status: str = "healthy", **changes: Any) -> dict[str, A
         "models": {
             name: {
                 "status": "available", "endpoints": [endpoint(**changes)], "panic": False,
-                "waiting": 2,
+                "waiting": 2, "sources": [],
             }
             for name in models
         },

@@ -190,7 +190,7 @@ async def test_what_was_counted_of_an_endpoint_goes_a_while_after_it() -> None:
     metrics.finished(finished(""))
     seen = []
     for now in (0.0, 299.0, 300.0):
-        metrics.forget_absent({"http://b"}, now)
+        metrics.forget_absent({"http://b"}, {"m"}, now)
         seen.append("http://a" in await page(metrics))
     left = samples(await page(metrics))
 
@@ -204,7 +204,7 @@ async def test_an_endpoint_that_returns_in_time_keeps_its_counts() -> None:
     metrics = make_metrics()
     metrics.attempted(endpoint("http://a"), "ok")
     for known, now in ((set[str](), 0.0), ({"http://a"}, 200.0), (set[str](), 400.0)):
-        metrics.forget_absent(known, now)
+        metrics.forget_absent(known, {"m"}, now)
 
     assert "http://a" in await page(metrics)
 

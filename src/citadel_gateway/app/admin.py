@@ -51,12 +51,12 @@ def add_admin(app: QuartTrio, gateway: Administered) -> None:
     def taker(what: str) -> Callable[[], Awaitable[Response]]:
         async def take() -> Response:
             _admit(gateway)
-            return _json(await gateway.host.order(what, await _order()))
+            return _json(await gateway.host.order(what, await _order(what)))
 
         return take
 
     app.add_url_rule(ADMIN, "endpoints", endpoints, methods=["GET"])
-    for what in ("cordon", "uncordon", "drain"):
+    for what in ("cordon", "uncordon", "drain", "add", "remove"):
         app.add_url_rule(f"{ADMIN}/{what}", what, taker(what), methods=["POST"])
 
 
@@ -96,11 +96,11 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-async def _order() -> Order:
+async def _order(what: str) -> Order:
     if request.mimetype != "application/json":
         raise unsupported_media_type("The Content-Type must be application/json.")
     try:
-        return Order.parse(orjson.loads(await request.get_data()))
+        return Order.parse(what, orjson.loads(await request.get_data()))
     except orjson.JSONDecodeError as exc:
         raise invalid_request(f"The body is not JSON: {exc}") from None
 

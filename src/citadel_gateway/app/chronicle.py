@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -45,8 +46,33 @@ class Chronicle:
         self._say(logging.INFO, what, endpoint, in_flight=endpoint.in_flight)
 
     def arrival(self, endpoint: Endpoint, has_come: bool) -> None:
-        known = "from now on" if has_come else "no longer: its name has lost the address"
+        self.metrics.arrived(endpoint, has_come=has_come)
+        known = "from now on" if has_come else "no longer: it is listed nowhere any more"
         self._say(logging.INFO, "endpoint", endpoint, known=known)
+
+    def list_trouble(self, path: str, problems: Sequence[str]) -> None:
+        """A file with endpoints is bad, or good again."""
+        if not problems:
+            self.log.event(logging.INFO, "the list of endpoints is good again", file=path)
+        for problem in problems:
+            self.log.event(
+                logging.ERROR,
+                "the list of endpoints is not taken; the last good one stays in use",
+                file=path,
+                problem=redact(problem),
+            )
+
+    def backend_trouble(self, url: str, problem: str | None) -> None:
+        """A backend does not say what it has, or does again."""
+        if problem is None:
+            self.log.event(logging.INFO, "the backend lists its models again", endpoint=url)
+            return
+        self.log.event(
+            logging.WARNING,
+            "the backend does not list its models; what it listed last stays in use",
+            endpoint=url,
+            error=redact(problem),
+        )
 
     def name_trouble(self, host: str, error: OSError | None) -> None:
         if error is None:
@@ -95,14 +121,13 @@ class Chronicle:
 
     def trust(self, config: GatewayConfigSchema) -> None:
         """Endpoints may pretend to be others."""
-        for model in config.models.values():
-            for endpoint in model.all_endpoints():
-                if endpoint.tls is not None and endpoint.tls.insecure_skip_verify:
-                    self.log.event(
-                        logging.WARNING,
-                        "certificates are not verified (insecure_skip_verify)",
-                        endpoint=endpoint.url,
-                    )
+        for endpoint in config.all_endpoints():
+            if endpoint.tls is not None and endpoint.tls.insecure_skip_verify:
+                self.log.event(
+                    logging.WARNING,
+                    "certificates are not verified (insecure_skip_verify)",
+                    endpoint=endpoint.url,
+                )
 
     def listening(self, address: Address, config: GatewayConfigSchema, *, is_alone: bool) -> None:
         """It serves; with what nobody may have meant."""

@@ -47,6 +47,11 @@ class Group:
         self.upstreams |= {upstream.endpoint: upstream for upstream in upstreams}
         self._roster.add(upstream.endpoint for upstream in upstreams)
 
+    def replace(self, upstream: Upstream) -> None:
+        """Speak to an endpoint that is here in another way, and give it another share."""
+        self.upstreams[upstream.endpoint] = upstream
+        self._roster.reweigh(upstream.endpoint)
+
     def retire(self, upstream: Upstream) -> None:
         """Give it nothing new; who is with it already still finds it here."""
         endpoint = upstream.endpoint

@@ -32,7 +32,7 @@ class Host(Protocol):
     async def endpoints(self) -> Json: ...
 
     async def order(self, what: str, order: Order) -> Json:
-        """Have an operator's wish carried out: ``cordon``, ``uncordon`` or ``drain``."""
+        """Have an operator's wish carried out, see :meth:`Operations.carry_out`."""
         ...
 
 

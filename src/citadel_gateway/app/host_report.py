@@ -69,9 +69,20 @@ def _model(own: Json, models: Sequence[Json]) -> Json:
             _endpoint([e for model in models for e in model["endpoints"] if e["url"] == url])
             for url in urls
         ],
+        "sources": _sources([source for model in models for source in model["sources"]]),
         "panic": any(model["panic"] for model in models),
         "waiting": sum(model["waiting"] for model in models),
     }
+
+
+def _sources(seen: Sequence[Json]) -> list[Json]:
+    """Each once, as whoever is worst off with it sees it."""
+    worst: dict[tuple[str, str], Json] = {}
+    for each in seen:
+        before = worst.setdefault((each["source"], each["name"]), each)
+        if each["problems"] and not before["problems"]:
+            worst[each["source"], each["name"]] = each
+    return [*worst.values()]
 
 
 def _endpoint(seen: Sequence[Json]) -> Json:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Set
-from contextlib import suppress
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from weakref import WeakValueDictionary
 from zlib import crc32
@@ -14,18 +13,18 @@ import attrs
 import httpx
 import trio
 
+from citadel_gateway.app.discovery import Discovery
 from citadel_gateway.app.group import Group, Plan
 from citadel_gateway.app.upstream_maker import UpstreamMaker, cost_of
-from citadel_gateway.app.upstreams import Model, Source, Upstream, tokens_needed
+from citadel_gateway.app.upstreams import Model, Place, Upstream, tokens_needed
 from citadel_gateway.config.flat import AnyConfig, as_schema
 from citadel_gateway.config.schema import ModelConfig
-from citadel_gateway.config.values import Resolve
 from citadel_gateway.errors import GatewayError, invalid_request, model_not_allowed, unknown_model
 from citadel_gateway.io.health_monitoring import HealthChecker, check_all
-from citadel_gateway.io.resolver import Resolver, is_address
-from citadel_gateway.io.target import split_url
+from citadel_gateway.io.resolver import Resolver
 from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.policy.affinity import Affinity
+from citadel_gateway.policy.arrivals import compare
 from citadel_gateway.policy.auth import ApiKey
 from citadel_gateway.policy.cordons import Cordons
 from citadel_gateway.policy.endpoint import Endpoint, nobody_asks
@@ -35,11 +34,22 @@ from citadel_gateway.policy.sessions import Sessions
 from citadel_gateway.wire.openai_request import AUTO, InferenceRequest, Kind
 
 
+@attrs.frozen
+class Moves:
+    """Endpoints that have come, that get nothing from now on, and that are spoken to otherwise."""
+
+    come: Sequence[Upstream] = ()
+    gone: Sequence[Upstream] = ()
+    changed: Sequence[Upstream] = ()
+
+
 class LoadBalancer:
     """Knows every model and endpoint, and picks.
 
     :param rng: for random choices and jitter; seed it to repeat a run.
     :param resolver: knows the addresses of names.
+    :param discovery: knows where endpoints are; by default what the configuration and *resolver*
+        say.
     :param previous: one that this is to :meth:`take_over` from; until then it serves nobody, and
         changes nothing of what the two have in common: endpoints, and who waits for them.
     :param on_room: told when those who wait are to be called, as an endpoint takes more.
@@ -52,18 +62,21 @@ class LoadBalancer:
         *,
         rng: random.Random | None = None,
         resolver: Resolver | None = None,
+        discovery: Discovery | None = None,
         previous: LoadBalancer | None = None,
         share: int | None = None,
         on_room: Callable[[], None] = nobody_asks,
     ) -> None:
         self.config = config = as_schema(config)
         self._rng = rng or random.Random()
-        self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self._on_room = on_room
-        self.sources: list[Source] = []
+        self.discovery = discovery or Discovery(
+            resolver or Resolver(ttl=config.load_balancer.dns_ttl)
+        )
         self.cordons: Cordons = Cordons() if previous is None else previous.cordons
         self.on_panic: Callable[[str, bool], None] = lambda *_: None  # told of models
         self._leaving: list[Upstream] = []
+        self._previous = previous  # until this one takes over
         self.maker: UpstreamMaker = UpstreamMaker(
             balancing=config.load_balancer,
             cordons=self.cordons,
@@ -87,6 +100,7 @@ class LoadBalancer:
             for name, model in config.models.items()
             for alias in model.aliases
         }
+        self._is_over = False  # another one has taken over
         self._groups: dict[str, Group] = {}
         self._auto_groups: dict[tuple[str, ...], Group] = {}
         # Of earlier configurations, in which somebody may still wait, but nobody new.
@@ -96,9 +110,6 @@ class LoadBalancer:
                 model.begin()
                 self._groups[name] = self._make_group(name, [model])
                 self._groups[name].begin()
-        else:
-            for source in self.sources:
-                self._follow(source, previous)
         windows = {m.config.context_window for m in self.models.values()}
         self._windows = sorted(window for window in windows if window is not None)
         self._known_auto_groups: dict[tuple[Kind, int, str | None], Group] = {}
@@ -124,7 +135,8 @@ class LoadBalancer:
     def hosts(self) -> set[str]:
         """Every name and address that somebody may connect to."""
         origins = [u.target.origin for u in (*self.upstreams, *self._leaving)]
-        return {origin.host for origin in (*origins, *(s.origin for s in self.sources))}
+        hosts = {origin.host for origin in origins}
+        return hosts.union(*(self.discovery.hosts(m.id, m.config) for m in self.models.values()))
 
     def take_over(self, previous: LoadBalancer, now: float) -> None:
         """Go on where *previous* is: with its endpoints, its turns, and those who wait.
@@ -133,9 +145,9 @@ class LoadBalancer:
         names and chooses; *previous* still knows what its own requests began with.
         """
         self.sessions.idle = self.config.load_balancer.session_ttl
-        for source in self.sources:
-            self._follow(source, previous)
-        previous.sources.clear()
+        for model in self.models.values():
+            self.update(model, now)  # as something may have come or gone meanwhile
+        previous._is_over, self._previous = True, None
         reweighed = {u.endpoint for u in self.upstreams if self.maker.configure(u)}
         for endpoint in reweighed:
             if endpoint.warmth < 1.0:
@@ -185,54 +197,65 @@ class LoadBalancer:
             group.renew(self._make_auto_group(models), reweighed)
 
     async def discover(self) -> None:
-        """Look up every name whose addresses are endpoints; those that fail stay as they are."""
+        """Ask all sources that have not said anything yet; those that fail stay as they are."""
         async with trio.open_nursery() as nursery:
-            for source in self.sources:
-                nursery.start_soon(self._discover, source)
+            for model in self.models.values():
+                found = partial(self._found, model)
+                found()
+                nursery.start_soon(self.discovery.look, model.id, model.config, found)
 
-    async def _discover(self, source: Source) -> None:
-        with suppress(OSError):
-            await self.resolver.addresses(source.origin.host)
-            self.update(source)
+    def _found(self, model: Model) -> None:
+        self.update(model, trio.current_time(), joins=False)
 
-    def update(self, source: Source) -> tuple[list[Upstream], list[Upstream]]:
-        """Let *source* have an endpoint for each address that is known of its name.
+    def update(self, model: Model, now: float, *, joins: bool = True) -> Moves:
+        """Let *model* have the endpoints that its sources list now.
 
-        Returns those that are new, and those that get nothing from now on.
+        :param joins: those that come find others at work, if there are others.
         """
-        addresses = self.resolver.known(source.origin.host)
-        joins_others = bool(source.serving)
-        gone = [source.serving.pop(a) for a in list(source.serving) if a not in addresses]
-        new = []
-        for address in addresses:
-            if address not in source.serving:
-                upstream = self.maker.make(source, address)
+        if self._is_over:
+            return Moves()
+        before = {upstream.place.name: upstream for upstream in model.upstreams}
+        places = self._places(model)
+        diff = compare({name: u.place for name, u in before.items()}, places)
+        if not (diff.come or diff.gone or diff.changed):
+            return Moves()
+        gone = [before[name] for name in diff.gone]
+        # Others serve with some of them.
+        shared = {u.endpoint for u in self._previous.upstreams} if self._previous else set()
+        new = [self.maker.make(model, places[name]) for name in diff.come]
+        changed = [self.maker.make(model, places[name]) for name in diff.changed]
+        for upstream in new:
+            if upstream.endpoint not in shared:
                 upstream.endpoint.health = self.maker.unknown_health()
-                upstream.endpoint.is_newcomer = joins_others
-                source.serving[address] = upstream
-                new.append(upstream)
-        model = source.model
+                upstream.endpoint.is_newcomer = joins and bool(before)
+                self.maker.configure(upstream)
         for upstream in gone:
             model.remove(upstream)
             self._leaving.append(upstream)
-            for group in self._groups_of(model):
-                group.retire(upstream)
-        for upstream in new:
-            self.maker.configure(upstream)
         model.add(new)
+        for upstream in changed:
+            upstream.asks_usage = before[upstream.place.name].asks_usage
+            model.replace(upstream)
+            if upstream.endpoint not in shared:
+                self.maker.configure(upstream)
+                upstream.endpoint.warm_up(now)
         for group in self._groups_of(model):
+            for upstream in gone:
+                group.retire(upstream)
             group.add(new)
-        return new, gone
+            for upstream in changed:
+                group.replace(upstream)
+        for upstream in changed:
+            upstream.endpoint.on_standing()
+            upstream.endpoint.eased()  # there may be more room
+        return Moves(new, gone, changed)
 
-    def _follow(self, source: Source, previous: LoadBalancer) -> None:
-        """Let *source* have the endpoints that it has there, if it is there."""
-        for other in previous.sources:
-            if other.model.id == source.model.id and other.config.url == source.config.url:
-                for address in [a for a in source.serving if a not in other.serving]:
-                    source.model.remove(source.serving.pop(address))
-                for address in [a for a in other.serving if a not in source.serving]:
-                    upstream = source.serving[address] = self.maker.make(source, address)
-                    source.model.add([upstream])
+    def _places(self, model: Model) -> dict[str, Place]:
+        def is_down(name: str) -> bool:
+            endpoint = self.maker.endpoints.get((model.id, name))
+            return endpoint is not None and endpoint.is_out()
+
+        return self.discovery.places(model.id, model.config, is_down)
 
     def _groups_of(self, model: Model) -> list[Group]:
         return [g for g in (*self.groups, *self._older_groups) if model in g.models]
@@ -337,7 +360,7 @@ class LoadBalancer:
             raise model_not_allowed(model.id)
         if not model.can_answer(request):
             raise _cannot_answer(model.id, request.kind)
-        fallbacks = [self.models[f] for f in model.config.fallbacks]
+        fallbacks = [self.models[f] for f in model.config.fallbacks if f in self.models]
         usable = [
             m
             for m in fallbacks
@@ -397,7 +420,9 @@ class LoadBalancer:
         cheapest: float | None = None,
     ) -> Group:
         algorithm = self.config.load_balancer.algorithm.value
-        heaviest = max(e.weight or 1.0 for m in models for e in m.config.all_endpoints())
+        # By the file alone, so that all gateways agree; what is found out counts as that at most.
+        weights = (e.weight or 1.0 for m in models for e in m.config.all_endpoints())
+        heaviest = max(weights, default=1.0)
         affinity = Affinity(heaviest=heaviest, salt=crc32(name.encode()), sessions=self.sessions)
         picker = make_picker(algorithm, self._rng, share, affinity)
         basis = (algorithm, cheapest, heaviest if self.session_header else None)
@@ -406,19 +431,8 @@ class LoadBalancer:
     def _make_model(self, name: str, config: ModelConfig) -> Model:
         threshold = self.config.load_balancer.panic_threshold
         model = Model(name, config, Quorum(threshold, partial(self._note_panic, name)))
-        for endpoint in config.all_endpoints():
-            origin, _ = split_url(endpoint.url)
-            if origin.scheme == "https":
-                origin = attrs.evolve(origin, tls=endpoint.tls)
-            source = Source(model, endpoint, origin)
-            if (
-                endpoint.resolve is Resolve.EACH
-                and not origin.socket
-                and not is_address(origin.host)
-            ):
-                self.sources.append(source)
-            else:
-                model.add([self.maker.make(source)])
+        places = self._places(model)
+        model.add([self.maker.make(model, place) for place in places.values()])
         return model
 
     def _note_panic(self, model: str, begins: bool) -> None:

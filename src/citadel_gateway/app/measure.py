@@ -52,6 +52,7 @@ def measure(service: Measured, now: float) -> Levels:
     queues = (*balancer.models, AUTO)
     return Levels(
         endpoints=tuple(u.endpoint for u in all_upstreams(balancer)),
+        failing=_failing(balancer),
         panics={name: m.quorum.is_panicking for name, m in balancer.models.items()},
         queue_depths={
             (queue, name): waitroom.depth(queue, rank)
@@ -82,6 +83,16 @@ def measure(service: Measured, now: float) -> Levels:
 def all_upstreams(balancer: LoadBalancer) -> list[Upstream]:
     """All that may have requests."""
     return [*balancer.upstreams, *balancer.leaving]
+
+
+def _failing(balancer: LoadBalancer) -> dict[tuple[str, str], bool]:
+    """By model and kind of source; one of a kind is enough."""
+    found: dict[tuple[str, str], bool] = {}
+    for model in balancer.models.values():
+        for source in balancer.discovery.report(model.id, model.config):
+            key = (model.id, source["source"])
+            found[key] = found.get(key, False) or bool(source["problems"])
+    return found
 
 
 def _of_store(membership: Membership | None) -> StoreLevels | None:

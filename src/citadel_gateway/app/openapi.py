@@ -143,7 +143,11 @@ ORDERS = {
     "cordon": "Give an endpoint nothing new",
     "uncordon": "Give an endpoint requests again",
     "drain": "Cordon an endpoint and wait until it has no requests",
+    "add": "Let a model have one more endpoint",
+    "remove": "Take back an endpoint that was added, and wait until it has no requests",
 }
+
+_WANTED = {"add": "EndpointAddition"}  # the body, if it is not that of all orders
 
 KEY_ERRORS = (401, 403)
 PLAIN_ERRORS = (405, 431, 500)
@@ -346,7 +350,7 @@ def order(name: str, summary: str) -> dict[str, Any]:
         **reading(name, "Operation", summary, "Endpoints", (400, *KEY_ERRORS, 404, 413, 415)),
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": ref("EndpointOrder")}},
+            "content": {"application/json": {"schema": ref(_WANTED.get(name, "EndpointOrder"))}},
         },
     }
 

@@ -299,6 +299,19 @@ GATEWAY: dict[str, Schema] = {
         },
         required=("endpoint",),
     ),
+    "EndpointAddition": thing(
+        {
+            "endpoint": one("string", "Its URL."),
+            "model": one("string", "The model that it serves, or an alias."),
+            "weight": one("number", "Share of the load; default: the model's."),
+            "max_concurrent": one("integer", "Requests at once; default: the model's."),
+            "adaptive_concurrency": one("boolean", "Default: the model's."),
+            "min_concurrent": one("integer", "Default: the model's."),
+            "engine": one("string", "Default: the model's."),
+            "resolve": one("string", "Default: the model's."),
+        },
+        required=("endpoint", "model"),
+    ),
     "Endpoints": thing(
         {
             "endpoints": many(
@@ -312,7 +325,9 @@ GATEWAY: dict[str, Schema] = {
                     }
                 )
             ),
-            "drained": one("boolean", "Of a drain: whether its last request has ended."),
+            "drained": one(
+                "boolean", "Of a drain or a removal: whether its last request has ended."
+            ),
         },
         required=("endpoints",),
     ),
@@ -336,6 +351,22 @@ GATEWAY: dict[str, Schema] = {
                     {
                         "status": one("string"),
                         "endpoints": many(ref("EndpointStatus")),
+                        "sources": many(
+                            thing(
+                                {
+                                    "source": one(
+                                        "string", enum=["file", "order", "backend", "dns", "srv"]
+                                    ),
+                                    "name": one("string", "Its path, or the name."),
+                                    "endpoints": one("integer", "How many it lists."),
+                                    "problems": many(
+                                        one("string"),
+                                        "Why an older list is in use; none if it is not.",
+                                    ),
+                                }
+                            ),
+                            "What lists endpoints besides the configuration.",
+                        ),
                         "panic": one("boolean", "Too few are healthy, so that all are used."),
                         "waiting": one("integer", "Requests in the model's queue."),
                     }

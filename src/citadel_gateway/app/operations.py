@@ -1,18 +1,21 @@
-"""What an operator may do to a running fleet: take endpoints out of service, and put them back."""
+"""What an operator may do to a running fleet: cordon endpoints, add some and remove them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
 import trio
 
 from citadel_gateway.app.load_balancer import LoadBalancer
+from citadel_gateway.app.upstreams import Model
+from citadel_gateway.config.endpoint_list import parse_addition
 from citadel_gateway.config.hooks import HOOKS
+from citadel_gateway.config.problems import InvalidConfig
 from citadel_gateway.config.values import Url
-from citadel_gateway.errors import invalid_request, unknown_endpoint
+from citadel_gateway.errors import invalid_request, unknown_endpoint, unknown_model
 from citadel_gateway.policy.cordons import is_called
 from citadel_gateway.policy.endpoint import Endpoint
 
@@ -27,17 +30,21 @@ class Order:
     :param url: of an endpoint; of a name with several addresses, it means all of them.
     :param model: of the models that the endpoint serves, only this one.
     :param within: seconds that a drain may take.
+    :param options: of an endpoint that is to be added, as in the configuration.
     """
 
     url: str
     model: str | None = None
     within: float = DRAIN
+    options: Mapping[str, Any] = attrs.field(factory=dict)
 
     @classmethod
-    def parse(cls, raw: object) -> Order:
+    def parse(cls, what: str, raw: object) -> Order:
         """From JSON.  Raises ``GatewayError`` 400."""
         if not isinstance(raw, dict):
             raise invalid_request("The body must be a JSON object with an endpoint.")
+        if what == "add":
+            return cls._parse_addition(raw)
         for field in raw:
             if field not in {"endpoint", "model", "within"}:
                 raise invalid_request(f"There is no field {str(field)[:50]!r}.", param=field)
@@ -53,6 +60,16 @@ class Order:
                 f"within must be a number of seconds from 0 to {LONGEST_DRAIN:g}.", param="within"
             )
         return cls(_as_configured(url), model, float(within))
+
+    @classmethod
+    def _parse_addition(cls, raw: Mapping[str, Any]) -> Order:
+        options = {name: said for name, said in raw.items() if name not in {"endpoint", "model"}}
+        order = cls.parse("", {n: said for n, said in raw.items() if n not in options})
+        if order.model is None:
+            raise invalid_request("The model must be named.", param="model")
+        if "url" in options:
+            raise invalid_request("The URL is the endpoint.", param="url")
+        return attrs.evolve(order, within=0.0, options=options)
 
 
 def _as_configured(url: str) -> str:
@@ -71,22 +88,37 @@ class Operations:
 
     :param balancer: whoever knows the fleet right now.
     :param pump: calls requests in the queue for which things may have changed.
+    :param follow: lets the fleet be as is known now.
     :param on_order: told what was done to which endpoint, for the log.
     """
 
     balancer: Callable[[], LoadBalancer]
     pump: Callable[[], None]
+    follow: Callable[[], None]
     on_order: Callable[[str, Endpoint], None]
 
     async def carry_out(self, what: str, order: Order) -> dict[str, Any]:
-        """*what* is ``cordon``, ``uncordon`` or ``drain``.  Raises ``GatewayError`` 404."""
-        if what == "drain":
-            return await self.drain(order)
+        """Raises ``GatewayError`` 400 or 404.
+
+        :param what: ``cordon``, ``uncordon``, ``drain``, ``add`` or ``remove``.
+        """
+        match what:
+            case "drain":
+                return await self.drain(order)
+            case "remove":
+                return await self.remove(order)
         return self.carry_out_now(what, order)
 
     def carry_out_now(self, what: str, order: Order) -> dict[str, Any]:
-        """The same for those that wait for nothing: ``cordon`` and ``uncordon``."""
-        return self.cordon(order) if what == "cordon" else self.uncordon(order)
+        """The same, and a removal waits for nothing; nobody drains like that."""
+        match what:
+            case "cordon":
+                return self.cordon(order)
+            case "uncordon":
+                return self.uncordon(order)
+            case "add":
+                return self.add(order)
+        return self._report(self._remove(order))
 
     def cordon(self, order: Order) -> dict[str, Any]:
         """Nothing new for the endpoint; requests that it has go on, and so do its probes."""
@@ -102,18 +134,49 @@ class Operations:
         """Cordon it, and wait until its last request has ended, or it is wanted again."""
         endpoints = self._cordon(order)
         with trio.move_on_after(order.within):
-            await _wait_until_idle(endpoints)
+            await _wait_until_idle(endpoints, is_wanted=lambda e: not e.cordoned)
         is_done = all(e.cordoned and not e.in_flight for e in endpoints)
         if is_done:
             self._tell("drained", endpoints)
         return {"drained": is_done, **self._report(endpoints)}
 
+    def add(self, order: Order) -> dict[str, Any]:
+        """Let a model have one more endpoint, or one that was added be otherwise."""
+        model = self._model_for(order)
+        self.balancer().discovery.additions.put(model.id, order.url, order.options)
+        self.follow()
+        found = [e for e in self._serving() if is_called(e, order.url) and e.model == model.id]
+        self._tell("added", found)
+        return self._report(found)
+
+    async def remove(self, order: Order) -> dict[str, Any]:
+        """Take back what was added, and wait until its last request has ended."""
+        endpoints = self._remove(order)
+        with trio.move_on_after(order.within):
+            await _wait_until_idle(endpoints)
+        return {"drained": not any(e.in_flight for e in endpoints), **self._report(endpoints)}
+
     def show(self) -> dict[str, Any]:
         return self._report(self._all())
 
-    def must_exist(self, order: Order) -> None:
-        """Raises ``GatewayError`` 404 if the order is about nothing."""
-        self._find(order)
+    def check(self, what: str, order: Order) -> None:
+        """Raises ``GatewayError`` 400 or 404 if nobody could carry it out."""
+        match what:
+            case "add":
+                self._model_for(order)
+            case "remove":
+                self._added(order)
+            case _:
+                self._find(order)
+
+    def added(self) -> list[tuple[str, str, Mapping[str, Any]]]:
+        """What was added, for :meth:`restore_added`: models, URLs and options."""
+        return [*self.balancer().discovery.additions.written()]
+
+    def restore_added(self, added: Iterable[tuple[str, str, Mapping[str, Any]]]) -> None:
+        """Add what was added before this process began; before it serves."""
+        for model, url, options in added:
+            self.balancer().discovery.additions.put(model, url, options)
 
     def cordoned(self) -> list[tuple[str, str]]:
         """What is out of service, for :meth:`restore`: models and URLs."""
@@ -126,6 +189,55 @@ class Operations:
         for endpoint in self._all():
             cordons.apply(endpoint)
 
+    def _model_for(self, order: Order) -> Model:
+        """The model that is to have one more.  Raises ``GatewayError``."""
+        balancer, name = self.balancer(), order.model or ""
+        model = balancer.resolve(name)
+        if model is None:
+            raise unknown_model(name, [*balancer.models])
+        try:
+            parse_addition({**order.options, "url": order.url}, model.config)
+        except InvalidConfig as exc:
+            problem = exc.problems[0]
+            raise invalid_request(f"{problem}.", param=str(problem.path[0])) from None
+        was_added = model.id in balancer.discovery.additions.models_with(order.url)
+        if not was_added and any(is_called(u.endpoint, order.url) for u in model.upstreams):
+            raise invalid_request(
+                f"The endpoint {order.url!r} of {model.id!r} is listed already.", param="endpoint"
+            )
+        return model
+
+    def _added(self, order: Order) -> list[str]:
+        """The models to which it was added.  Raises ``GatewayError``."""
+        balancer = self.balancer()
+        model = order.model and getattr(balancer.resolve(order.model), "id", order.model)
+        models = balancer.discovery.additions.models_with(order.url)
+        found = [each for each in models if model in {None, each}]
+        if not found:
+            if not any(is_called(endpoint, order.url) for endpoint in self._serving()):
+                raise unknown_endpoint(order.url, sorted(e.url for e in self._serving()), model)
+            raise invalid_request(
+                f"The endpoint {order.url!r} was not added by an order: take it out of what lists "
+                "it, or cordon it.",
+                param="endpoint",
+            )
+        return found
+
+    def _remove(self, order: Order) -> list[Endpoint]:
+        """Those that get nothing from now on.  Raises ``GatewayError``."""
+        models = self._added(order)
+        before = [e for e in self._serving() if is_called(e, order.url) and e.model in models]
+        for model in models:
+            self.balancer().discovery.additions.drop(model, order.url)
+        self.follow()
+        serving = {*self._serving()}
+        gone = [endpoint for endpoint in before if endpoint not in serving]
+        self._tell("removed", gone)
+        return gone
+
+    def _serving(self) -> list[Endpoint]:
+        return [u.endpoint for u in self.balancer().upstreams]
+
     def _cordon(self, order: Order) -> list[Endpoint]:
         endpoints = self._find(order)
         self.balancer().cordons.cordon(order.url, endpoints)
@@ -135,6 +247,7 @@ class Operations:
     def _tell(self, what: str, endpoints: list[Endpoint]) -> None:
         for endpoint in endpoints:
             self.on_order(what, endpoint)
+        self.follow()  # others may stand in for them
         self.pump()
 
     def _all(self) -> list[Endpoint]:
@@ -164,12 +277,14 @@ class Operations:
         }
 
 
-async def _wait_until_idle(endpoints: list[Endpoint]) -> None:
-    """Until none has a request, or one is not cordoned any more."""
+async def _wait_until_idle(
+    endpoints: list[Endpoint], is_wanted: Callable[[Endpoint], bool] = lambda _: False
+) -> None:
+    """Until none has a request, or one is wanted again."""
     done = trio.Event()
 
     def look(_: Endpoint | None = None) -> None:
-        if all(e.in_flight == 0 for e in endpoints) or not all(e.cordoned for e in endpoints):
+        if all(e.in_flight == 0 for e in endpoints) or any(map(is_wanted, endpoints)):
             done.set()
 
     look()
@@ -179,4 +294,4 @@ async def _wait_until_idle(endpoints: list[Endpoint]) -> None:
         await done.wait()
     finally:
         for endpoint in endpoints:
-            endpoint.watchers.remove(look)
+            endpoint.unwatch(look)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 import attrs
 import trio
@@ -17,9 +17,8 @@ import trio
 from citadel_gateway.config.loader import ConfigError
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.config_file import ConfigFile
+from citadel_gateway.io.endpoint_files import in_thread
 from citadel_gateway.io.logs import redact
-
-T = TypeVar("T")
 
 _EVERY = 1.0  # seconds between two looks at the file
 
@@ -81,7 +80,7 @@ class Reloader:
             if self._asked.is_set():
                 self._asked = trio.Event()
                 await self.reload("asked to")
-            elif self.watches() and await _in_thread(self.file.has_changed):
+            elif self.watches() and await in_thread(self.file.has_changed):
                 await self.reload("the file has changed")
 
     async def reload(self, why: str) -> None:
@@ -92,7 +91,7 @@ class Reloader:
     async def _reload(self, why: str) -> None:
         self.observer.began(why)
         try:
-            config = await _in_thread(self.file.load)
+            config = await in_thread(self.file.load)
             await self.adopt(config, self.file.digest)
             self.refusal = None
         except ConfigError as exc:
@@ -103,8 +102,3 @@ class Reloader:
             self.observer.crashed(exc)
         finally:
             self.observer.ended(taken=self.refusal is None)
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Files may be slow, and YAML is; nobody waits for the thread when the gateway stops."""
-    return await trio.to_thread.run_sync(work, abandon_on_cancel=True)

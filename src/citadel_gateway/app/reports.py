@@ -75,6 +75,7 @@ class Reports:
                 model.id: {
                     "status": "available" if model.id in report["models"] else "unavailable",
                     "endpoints": [_endpoint(u, now) for u in model.upstreams],
+                    "sources": self.balancer.discovery.report(model.id, model.config),
                     "panic": model.quorum.is_panicking,
                     "waiting": self.waitroom.depth(model.id),
                 }
@@ -117,9 +118,9 @@ class Reports:
         }
 
     def _status(self, available: int) -> str:
-        if available == len(self.balancer.models):
-            return "healthy"
-        return "degraded" if available else "unhealthy"
+        if not available:
+            return "unhealthy"
+        return "healthy" if available == len(self.balancer.models) else "degraded"
 
     def _card(self, model: Model, now: float) -> Json:
         available = any(u.endpoint.is_available(now) for u in model.upstreams)

@@ -19,6 +19,7 @@ from citadel_gateway.app.admin import MONITORING
 from citadel_gateway.app.caps import Caps
 from citadel_gateway.app.chronicle import Chronicle
 from citadel_gateway.app.cors import Cors
+from citadel_gateway.app.discovery import Discovery
 from citadel_gateway.app.findings import Findings
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
@@ -52,6 +53,7 @@ from citadel_gateway.config.restart import keep_what_is_fixed
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
+from citadel_gateway.io.catalogue import Catalogue
 from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.crowd import Turns
 from citadel_gateway.io.deadlines import Deadlines
@@ -133,6 +135,12 @@ class UnifiedAPIGatewayService:
         self.resolver = resolver or Resolver(ttl=config.load_balancer.dns_ttl)
         self.resolver.on_trouble = self._chronicle.name_trouble
         self.resolver.on_change = lambda host: self.watch.note_change(host)
+        self.discovery = Discovery(self.resolver)
+        self.discovery.services.ttl = config.load_balancer.dns_ttl
+        self.discovery.services.on_trouble = self._chronicle.name_trouble
+        self.discovery.services.on_change = lambda host: self.watch.note_change(host)
+        self.discovery.files.on_trouble = self._chronicle.list_trouble
+        self.discovery.files.on_change = lambda path: self.watch.note_change(path)
         self._dialer = None if connect is not None else self._make_dialer(config)
         self.pool = self._make_pool(connect)
         self.admission = Admission(
@@ -175,6 +183,12 @@ class UnifiedAPIGatewayService:
                 name=self.findings.name,
             )
         self._probe_client = make_probe_client(self.pool)
+        self._base = config  # without the models that only backends list
+        self._other_models = trio.Event()
+        self.catalogue = self.discovery.catalogue = Catalogue(self._probe_client)
+        self.catalogue.on_trouble = self._chronicle.backend_trouble
+        self.catalogue.on_change = self._note_listing
+        self._follow_backends(config)
         self.generation = self._make_generation(config, file.digest if file else "", None)
         if self.membership is not None and self.findings is not None:
             SessionNews(
@@ -183,10 +197,16 @@ class UnifiedAPIGatewayService:
                 endpoints=lambda: (u.endpoint for u in self.balancer.upstreams),
                 name=self.findings.name,
             )
-        self.operations = Operations(lambda: self.balancer, self._rests.note, self._chronicle.order)
+        self.operations = Operations(
+            lambda: self.balancer,
+            self._rests.note,
+            lambda: self.watch.follow(),
+            self._chronicle.order,
+        )
         self.host: Host = Alone(self.metrics, self.operations)
         self.generations = [self.generation]  # those that have requests, the current one last
         self._adopting = trio.Lock()
+        self._coming: Generation | None = None  # which is about to be the current one
         self._background: trio.Nursery | None = None
         self.reloader: Reloader | None = None
         if file is not None:
@@ -212,7 +232,7 @@ class UnifiedAPIGatewayService:
         balancer = LoadBalancer(
             config,
             rng=self._rng,
-            resolver=self.resolver,
+            discovery=self.discovery,
             previous=None if previous is None else previous.balancer,
             share=None if self.caps is None else 0,
             on_room=self._rests.note,
@@ -319,12 +339,15 @@ class UnifiedAPIGatewayService:
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._chronicle.background_crash)
                 )
+            with trio.move_on_after(_FIRST_ROUND):
+                await self.catalogue.look()
             await self.watch.look_once(_FIRST_ROUND)
             if self.caps is not None:
                 await self.caps.begun.wait()
             background.start_soon(self._run_generation, self.generation)
             self._background = background
             try:
+                await self._take_in_models(joins=False)
                 yield
             finally:
                 self._background = None
@@ -500,16 +523,36 @@ class UnifiedAPIGatewayService:
         async with self._adopting:
             if self._background is None:
                 raise RuntimeError("the gateway is not open")
-            previous = self.generation
-            wanted, kept = keep_what_is_fixed(previous.config, as_schema(config))
+            base, kept = keep_what_is_fixed(self._base, as_schema(config))
             tls = TlsFiles({}, None)
-            if names_tls_files(wanted):
-                tls = await trio.to_thread.run_sync(read_tls_files, wanted, abandon_on_cancel=True)
-            generation = self._make_generation(wanted, digest, previous)
-            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND)
-            self._succeed(generation, previous, tls)
+            if names_tls_files(base):
+                tls = await trio.to_thread.run_sync(read_tls_files, base, abandon_on_cancel=True)
+            self._follow_backends(base)
+            try:
+                with trio.move_on_after(_FIRST_ROUND):
+                    await self.catalogue.look_at_new()
+                await self._make_way(base, tls, digest)
+            finally:
+                self._follow_backends(self._base)
             for what in kept:
                 self.log.event(logging.WARNING, "needs a restart", problem=what)
+
+    async def _make_way(
+        self, base: GatewayConfigSchema, tls: TlsFiles, digest: str, *, joins: bool = True
+    ) -> None:
+        """Let the next generation be the current one, once what is new in it has been probed."""
+        previous = self.generation
+        wanted = self.discovery.lay_over(base)
+        generation = self._make_generation(wanted, digest, previous)
+        if base is self._base:  # it is the models of the backends that are others
+            generation.number, generation.since = previous.number, previous.since
+        self._coming = generation
+        try:
+            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND, joins=joins)
+            self._succeed(generation, previous, tls)
+            self._base = base
+        finally:
+            self._coming = None
 
     def _succeed(self, generation: Generation, previous: Generation, tls: TlsFiles) -> None:
         """Let *generation* be the current one.  Waits for nobody."""
@@ -523,7 +566,7 @@ class UnifiedAPIGatewayService:
             self.caps.hurry()
         waitroom.patience = config.load_balancer.queue_timeout
         waitroom.resize(config.load_balancer.queue_size, config.load_balancer.lower_priority_share)
-        self.resolver.ttl = config.load_balancer.dns_ttl
+        self.resolver.ttl = self.discovery.services.ttl = config.load_balancer.dns_ttl
         self.overload.limit_to(config.performance)
         self.log.level = _level(config)
         if self._dialer is not None:
@@ -539,9 +582,10 @@ class UnifiedAPIGatewayService:
         previous.retire()
         self._rests.note()  # other breakers; and those who wait are called, as there is room
         after = {u.endpoint.url for u in generation.balancer.upstreams}
+        is_same = generation.number == previous.number
         self.log.event(
             logging.INFO,
-            "configuration",
+            "models" if is_same else "configuration",
             generation=generation.number,
             sha256=generation.digest or None,
             added=sorted(after - before),
@@ -553,7 +597,47 @@ class UnifiedAPIGatewayService:
         await generation.run(self._chronicle.background_crash)
         self.generations.remove(generation)
         generation.dissolve(self.generations)
-        self.resolver.forget_others({h for g in self.generations for h in g.balancer.hosts})
+        used = [g.balancer for g in (*self.generations, self._coming) if g is not None]
+        self.discovery.forget_others(
+            ((m.id, m.config) for balancer in used for m in balancer.models.values()),
+            {host for balancer in used for host in balancer.hosts},
+        )
+
+    def _follow_backends(self, config: GatewayConfigSchema) -> None:
+        self.catalogue.every = config.load_balancer.models_interval
+        self.catalogue.within = config.load_balancer.health_check_timeout
+        self.catalogue.follow(config.backends)
+
+    def _note_listing(self, url: str) -> None:
+        self.watch.note_change(url)
+        self._other_models.set()
+
+    async def _watch_models(self) -> None:
+        """Have the models that backends list, for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.catalogue.run)
+            while True:
+                await self._other_models.wait()
+                self._other_models = trio.Event()
+                await self._take_in_models()
+
+    async def _take_in_models(self, *, joins: bool = True) -> None:
+        """Serve the models that backends list now, and no others but the configured ones.
+
+        That is done as for another configuration, so that requests end with what they began with.
+
+        :param joins: the endpoints of new models start slowly.
+        """
+        async with self._adopting:
+            wanted = self.discovery.lay_over(self._base).models
+            if self._background is None or wanted.keys() == self.balancer.models.keys():
+                return
+            tls = TlsFiles({}, None)
+            if names_tls_files(self._base):
+                tls = await trio.to_thread.run_sync(
+                    read_tls_files, self._base, abandon_on_cancel=True
+                )
+            await self._make_way(self._base, tls, self.generation.digest, joins=joins)
 
     def _about(self) -> dict[str, Any]:
         """What ``/models/status`` says of the gateway itself."""
@@ -578,6 +662,9 @@ class UnifiedAPIGatewayService:
             "upkeep": self._run_upkeep,
             "rest timers": self._rests.run,
             "names": self.resolver.run,
+            "models of backends": self._watch_models,
+            "services": self.discovery.services.run,
+            "endpoint files": self.discovery.files.run,
             "log": self.log.flush_for_ever,
             "deadlines": self.deadlines.run,
             "overload": self.overload.run,
@@ -601,7 +688,8 @@ class UnifiedAPIGatewayService:
             if trio.current_time() >= forget_at:
                 self.doorkeeper.limiter.forget_full(trio.current_time())
                 known = {endpoint.url for endpoint in self.levels().endpoints}
-                self.metrics.forget_absent(known, trio.current_time())
+                models = {*self.balancer.models, "auto"}
+                self.metrics.forget_absent(known, models, trio.current_time())
                 forget_at += _FORGET
 
     # What happens is told to the metrics and the log.
@@ -647,6 +735,8 @@ class UnifiedAPIGatewayService:
 
     def _note_flip(self, endpoint: Endpoint) -> None:
         self._chronicle.flip(endpoint)
+        if self.discovery.services.knows_any():
+            self.watch.note_change(endpoint.url)  # others may stand in for it, or need not any more
         self._rests.note()
 
     def _take_less(self, level: Level) -> None:

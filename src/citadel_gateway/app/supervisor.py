@@ -46,7 +46,7 @@ from citadel_gateway.io.listening import (
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.spawn import CannotSpawn
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
-from citadel_gateway.io.workers import Orders, Said, spawn_worker
+from citadel_gateway.io.workers import Orders, Said, missed_orders, spawn_worker
 from citadel_gateway.policy.respawn import Respawn
 
 _READY_WITHIN = 60.0
@@ -122,6 +122,7 @@ class Supervisor:
             digest=self.file.digest,
             generation=1,
             cordons=(),
+            added=(),
             sockets_stay=False,
         )
 
@@ -217,11 +218,8 @@ class Supervisor:
         """Tell it what has changed since it was given its *orders*."""
         if worker.generation != self._orders.generation:
             await self._hand_over_config(worker)
-        before, now = ({(m, u) for m, u in o.cordons} for o in (orders, self._orders))
-        for what, names in (("uncordon", before - now), ("cordon", now - before)):
-            for model, url in names:
-                order = {"url": url, "model": model, "within": 0.0}
-                worker.channel.tell(Said.ORDER, {"what": what, "order": order})
+        for what, order in missed_orders(orders, self._orders):
+            worker.channel.tell(Said.ORDER, {"what": what, "order": order})
 
     def _spawn(self, number: int) -> Worker:
         """Raises :class:`WorkerFailed`."""
@@ -482,7 +480,7 @@ class Supervisor:
         within = _ANSWERS + body["order"]["within"]
         done = [each for each in (await self._ask_all(Said.ORDER, body, within)).values() if each]
         for each in done:
-            self._orders = attrs.evolve(self._orders, cordons=each["cordons"])
+            self._orders = attrs.evolve(self._orders, cordons=each["cordons"], added=each["added"])
         return [each["report"] for each in done]
 
     async def _ask_all(

@@ -42,10 +42,7 @@ def read_tls_files(config: GatewayConfigSchema) -> TlsFiles:
 def tls_settings(config: GatewayConfigSchema) -> list[TlsConfig | None]:
     """Those of the endpoints that are spoken to over TLS."""
     return [
-        endpoint.tls
-        for model in config.models.values()
-        for endpoint in model.all_endpoints()
-        if endpoint.url.startswith("https:")
+        endpoint.tls for endpoint in config.all_endpoints() if endpoint.url.startswith("https:")
     ]
 
 

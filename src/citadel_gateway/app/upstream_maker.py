@@ -7,10 +7,10 @@ from weakref import WeakValueDictionary
 
 import attrs
 
-from citadel_gateway.app.upstreams import Numbers, Source, Upstream
+from citadel_gateway.app.upstreams import Model, Numbers, Place, Upstream
 from citadel_gateway.config.schema import LoadBalancerConfig, ModelConfig
 from citadel_gateway.io.health_monitoring import Probe
-from citadel_gateway.io.target import Target
+from citadel_gateway.io.target import Target, split_url
 from citadel_gateway.policy.circuit_breaker import BreakerPolicy, CircuitBreaker
 from citadel_gateway.policy.cordons import Cordons
 from citadel_gateway.policy.endpoint import Endpoint
@@ -35,10 +35,12 @@ class UpstreamMaker:
     share: int | None
     endpoints: WeakValueDictionary[tuple[str, str], Endpoint]
 
-    def make(self, source: Source, address: str | None = None) -> Upstream:
-        """The endpoint of *source*, or the one at *address*."""
-        model, config = source.model, source.config
-        origin = attrs.evolve(source.origin, address=address)
+    def make(self, model: Model, place: Place) -> Upstream:
+        """The endpoint of *model* at *place*, which may be there already."""
+        config = place.config
+        origin, _ = split_url(config.url)
+        tls = config.tls if origin.scheme == "https" else None
+        origin = attrs.evolve(origin, address=place.address, tls=tls)
         engine = config.engine or model.config.engine
         numbers = Numbers(
             weight=config.weight or model.config.weight,
@@ -46,12 +48,11 @@ class UpstreamMaker:
             cost=cost_of(model.config),
             floor=(config.min_concurrent or _FLOOR) if config.adaptive_concurrency else None,
         )
-        url = config.url if address is None else f"{config.url} [{address}]"
-        endpoint = self.endpoints.get((model.id, url))
+        endpoint = self.endpoints.get((model.id, place.name))
         if endpoint is None:
-            endpoint = self.endpoints[model.id, url] = Endpoint(
+            endpoint = self.endpoints[model.id, place.name] = Endpoint(
                 model=model.id,
-                url=url,
+                url=place.name,
                 weight=numbers.weight,
                 max_concurrent=numbers.max_concurrent,
                 cost=numbers.cost,
@@ -62,6 +63,7 @@ class UpstreamMaker:
             self._resize(endpoint, numbers)
             self.cordons.apply(endpoint)
         return Upstream(
+            place=place,
             endpoint=endpoint,
             target=Target.of(config.url, config.api_key, origin),
             probe=Probe.of(config.url, engine.value, config.api_key, origin),
@@ -75,6 +77,7 @@ class UpstreamMaker:
         endpoint, numbers, balancing = upstream.endpoint, upstream.numbers, self.balancing
         before = (endpoint.weight, endpoint.cost, endpoint.slow_start)
         endpoint.weight, endpoint.cost = numbers.weight, numbers.cost
+        endpoint.is_stood_in_for = upstream.place.is_stood_in_for
         self._resize(endpoint, numbers)
         endpoint.breaker.renew(self._breaker_policy())
         endpoint.health.rise = balancing.healthy_after

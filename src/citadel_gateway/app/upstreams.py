@@ -8,7 +8,6 @@ import attrs
 
 from citadel_gateway.config.schema import EndpointConfig, ModelConfig
 from citadel_gateway.config.values import Capability, Engine
-from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.health_monitoring import Probe
 from citadel_gateway.io.target import Target
 from citadel_gateway.policy.endpoint import Endpoint
@@ -33,10 +32,26 @@ class Numbers:
     floor: int | None  # of an adaptive limit, if it has one
 
 
+@attrs.frozen
+class Place:
+    """Where an endpoint is, and what the configuration says of it.
+
+    :param name: its URL, and behind it, in brackets, which of those it is that the URL stands for.
+    :param address: the only one of its host's addresses to go to.
+    :param is_stood_in_for: others are used because all of its priority are down.
+    """
+
+    name: str
+    config: EndpointConfig
+    address: str | None = None
+    is_stood_in_for: bool = False
+
+
 @attrs.define(eq=False)
 class Upstream:
     """An endpoint and how to speak to it."""
 
+    place: Place
     endpoint: Endpoint
     target: Target
     probe: Probe
@@ -103,6 +118,11 @@ class Model:
         if self._begun:
             self.quorum.remove(upstream.endpoint)
 
+    def replace(self, upstream: Upstream) -> None:
+        """Speak to an endpoint that is there in another way."""
+        i = next(i for i, u in enumerate(self.upstreams) if u.endpoint is upstream.endpoint)
+        self.upstreams[i] = upstream
+
     def can_answer(self, request: InferenceRequest) -> bool:
         return _CAPABILITY[request.kind] in self.config.capabilities
 
@@ -110,16 +130,6 @@ class Model:
         """Whether prompt and answer fit its context, as far as can be told without a tokenizer."""
         window = self.config.context_window
         return window is None or tokens_needed(request) <= window
-
-
-@attrs.define(eq=False)
-class Source:
-    """A name in the configuration each of whose addresses is an endpoint of its own."""
-
-    model: Model
-    config: EndpointConfig
-    origin: Origin
-    serving: dict[str, Upstream] = attrs.field(factory=dict, init=False)
 
 
 def tokens_needed(request: InferenceRequest) -> int:

@@ -36,6 +36,7 @@ class Watch:
     sharing: Sharing | None = None
     _checkers: dict[Endpoint, HealthChecker] = attrs.field(factory=dict, init=False)
     _scopes: dict[Endpoint, trio.CancelScope] = attrs.field(factory=dict, init=False)
+    _watching: trio.Nursery | None = attrs.field(default=None, init=False)
     _news: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def __iter__(self) -> Iterator[Endpoint]:
@@ -50,19 +51,22 @@ class Watch:
         if checker := self._checkers.get(endpoint):
             checker.suspect()
 
-    def note_change(self, _host: str) -> None:
-        """A name has other addresses than before."""
+    def note_change(self, _what: str) -> None:
+        """A source lists others than before."""
         self._news.set()
 
-    async def look_at_new(self, previous: Watch, within: float) -> None:
-        """Probe those that *previous* does not know, as far as can be known *within* that time."""
+    async def look_at_new(self, previous: Watch, within: float, *, joins: bool = True) -> None:
+        """Probe those that *previous* does not know, as far as can be known *within* that time.
+
+        :param joins: they find others at work, and start slowly.
+        """
         with trio.move_on_after(within):
             await self.balancer.discover()
             checkers = [self._add(upstream) for upstream in self.balancer.upstreams]
             new = [c for c in checkers if c.endpoint not in previous._checkers]
             for checker in new:
                 checker.endpoint.health = self.balancer.maker.unknown_health()
-                checker.endpoint.is_newcomer = True
+                checker.endpoint.is_newcomer = joins
             await check_all(new, within)
 
     def take_over(self, previous: Watch) -> None:
@@ -97,18 +101,47 @@ class Watch:
         async with trio.open_nursery() as watching:
             for checker in self._checkers.values():
                 self._start(watching, checker)
-            while True:
-                self._news = trio.Event()
-                for source in self.balancer.sources:
-                    new, gone = self.balancer.update(source)
-                    for upstream in gone:
-                        self._remove(upstream.endpoint)
-                    for upstream in new:
-                        self.on_arrival(upstream.endpoint, True)
-                        checker = self._add(upstream)
-                        checker.suspect()
-                        self._start(watching, checker)
-                await self._news.wait()
+            self._watching = watching
+            try:
+                while True:
+                    self._news = trio.Event()
+                    self.follow()
+                    await self._news.wait()
+            finally:
+                self._watching = None
+
+    async def _ask_those_that_are_new(self) -> None:
+        """What they say is news by itself."""
+        async with trio.open_nursery() as asking:
+            for model in self.balancer.models.values():
+                asking.start_soon(self.balancer.discovery.look, model.id, model.config)
+
+    def follow(self) -> None:
+        """Have and watch the endpoints that the sources list now.  Waits for nobody."""
+        if self._watching is None:
+            self._news.set()
+            return
+        now = trio.current_time()
+        for model in self.balancer.models.values():
+            moves = self.balancer.update(model, now)
+            for upstream in moves.gone:
+                self._remove(upstream.endpoint)
+                self.on_arrival(upstream.endpoint, False)
+            for upstream in moves.come:
+                self.on_arrival(upstream.endpoint, True)
+                checker = self._add(upstream)
+                checker.suspect()
+                self._start(self._watching, checker)
+            for upstream in moves.changed:
+                self._watch_otherwise(self._watching, upstream)
+        self._watching.start_soon(self._ask_those_that_are_new)
+
+    def _watch_otherwise(self, watching: trio.Nursery, upstream: Upstream) -> None:
+        before = self._remove(upstream.endpoint)
+        checker = self._add(upstream)
+        if before is not None:
+            checker.go_on_from(before)
+        self._start(watching, checker)
 
     def _add(self, upstream: Upstream) -> HealthChecker:
         checker = self._checkers.get(upstream.endpoint)
@@ -118,11 +151,10 @@ class Watch:
             self._checkers[upstream.endpoint] = checker
         return checker
 
-    def _remove(self, endpoint: Endpoint) -> None:
-        self._checkers.pop(endpoint, None)
+    def _remove(self, endpoint: Endpoint) -> HealthChecker | None:
         if scope := self._scopes.pop(endpoint, None):
             scope.cancel()
-        self.on_arrival(endpoint, False)
+        return self._checkers.pop(endpoint, None)
 
     def _start(self, watching: trio.Nursery, checker: HealthChecker) -> None:
         scope = self._scopes[checker.endpoint] = trio.CancelScope()

@@ -21,7 +21,7 @@ from citadel_gateway.app.host_report import merged_endpoints, merged_status
 from citadel_gateway.app.operations import Order
 from citadel_gateway.app.service import UnifiedAPIGatewayService
 from citadel_gateway.config.loader import ConfigError, load_text
-from citadel_gateway.config.share import has_store, share_of
+from citadel_gateway.config.share import has_store, portion_of, share_of
 from citadel_gateway.errors import GatewayError, workers_unavailable
 from citadel_gateway.io.channel import Channel, NoAnswer, first_news
 from citadel_gateway.io.crowd import Crowd, Turns
@@ -63,7 +63,9 @@ def make_worker(environ: Mapping[str, str]) -> Worker:
     )
     generation = service.generation
     generation.number, generation.digest = orders.generation, orders.digest
+    service.discovery.portion = portion_of(config, orders.number - 1, orders.workers)
     service.operations.restore((model, url) for model, url in orders.cordons)
+    service.operations.restore_added((model, url, said) for model, url, said in orders.added)
     return Worker(orders, service, Turns(Crowd(descriptors[1]), orders.place), sock)
 
 
@@ -173,7 +175,7 @@ class Worker:
             report = await operations.carry_out(body["what"], Order(**body["order"]))
         except GatewayError:
             return None  # an endpoint that only others know, as yet
-        return {"report": report, "cordons": operations.cordoned()}
+        return {"report": report, "cordons": operations.cordoned(), "added": operations.added()}
 
     async def _adopt(self, body: Any) -> list[str]:
         """The problems, if it is not taken."""
@@ -211,7 +213,7 @@ class Worker:
         return merged_endpoints(await self._ask(Said.ENDPOINTS))
 
     async def order(self, what: str, order: Order) -> Json:
-        self.service.operations.must_exist(order)
+        self.service.operations.check(what, order)
         body = {"what": what, "order": attrs.asdict(order)}
         return merged_endpoints(await self._ask(Said.ORDER, body, order.within))
 

@@ -20,6 +20,8 @@ _COMMANDS = {
     "cordon": "endpoints",
     "drain": "endpoints",
     "uncordon": "endpoints",
+    "add": "endpoints",
+    "remove": "endpoints",
     "keygen": "keygen",
 }
 

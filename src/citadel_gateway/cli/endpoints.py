@@ -1,4 +1,4 @@
-"""``citadel-gateway cordon``, ``uncordon`` and ``drain``: take an endpoint out of service."""
+"""``citadel-gateway cordon``, ``uncordon``, ``drain``, ``add`` and ``remove``: of endpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MORE = 10.0  # seconds for the answer itself
 
 
 def _order(command: F) -> F:
-    """What the three commands have in common."""
+    """What the commands have in common."""
     for decorate in (
         key_option,
         click.option(
@@ -66,8 +66,39 @@ def drain(endpoint: str, model: str | None, url: str, key: str | None, within: f
     sys.exit(0 if report["drained"] else EXIT_FAILED)
 
 
+@click.command()
+@click.option("--weight", type=float, help="Its share of the load; default: the model's.")
+@click.option("--max-concurrent", type=int, help="Requests at once; default: the model's.")
+@click.option("--engine", help="What serves it; default: the model's.")
+@click.option("--resolve", help="What the addresses of its name are; default: the model's.")
+@_order
+def add(endpoint: str, model: str | None, url: str, key: str | None, **options: Any) -> None:
+    """Let a model have one more endpoint, ENDPOINT (its URL); --model is needed.
+
+    It stays until it is removed or the gateway restarts.
+    """
+    given = {name: said for name, said in options.items() if said is not None}
+    _print(_send("add", endpoint, model, url, key, **given))
+
+
+@click.command()
+@click.option(
+    "--within", type=click.FloatRange(0, LONGEST_DRAIN), default=DRAIN, show_default=True,
+    help="Seconds to wait for its requests to end.",
+)  # fmt: skip
+@_order
+def remove(endpoint: str, model: str | None, url: str, key: str | None, within: float) -> None:
+    """Take back ENDPOINT (its URL), which was added, and wait until it has no requests any more.
+
+    Exits with 1 if it still has some; it gets no others.
+    """
+    report = _send("remove", endpoint, model, url, key, within=within)
+    _print(report)
+    sys.exit(0 if report["drained"] else EXIT_FAILED)
+
+
 def _send(
-    what: str, endpoint: str, model: str | None, url: str, key: str | None, **more: float
+    what: str, endpoint: str, model: str | None, url: str, key: str | None, **more: Any
 ) -> dict[str, Any]:
     order: dict[str, Any] = {"endpoint": endpoint, **more}
     if model is not None:

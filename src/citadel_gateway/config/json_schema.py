@@ -60,6 +60,7 @@ def json_schema() -> dict[str, object]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Citadel Gateway configuration",
         **root,
+        "anyOf": [{"required": ["models"]}, {"required": ["backends"]}],
         "$defs": dict(sorted(definitions.items())),
     }
 

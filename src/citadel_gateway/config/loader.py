@@ -55,11 +55,13 @@ def load_config(
 
 def load_text(text: str, *, source: str, environ: Mapping[str, str]) -> GatewayConfigSchema:
     """The same with the text of the file, which came from *source*."""
-    raw = _load_yaml(source, text)
+    raw = load_yaml(source, text)
+    if raw is None:
+        raise ConfigError(source, ["the file is empty; it needs at least a `models` section"])
     try:
         return _build(raw, environ)
     except InvalidConfig as exc:
-        raise ConfigError(source, _with_lines(exc.problems, text)) from exc
+        raise ConfigError(source, with_lines(exc.problems, text)) from exc
 
 
 def _build(raw: object, environ: Mapping[str, str]) -> GatewayConfigSchema:
@@ -122,14 +124,13 @@ def read_text(source: str) -> str:
         raise ConfigError(source, [f"cannot be read as UTF-8 text: {exc}"]) from exc
 
 
-def _load_yaml(source: str, text: str) -> object:
+def load_yaml(source: str, text: str) -> object:
+    """Plain data, or ``None`` where there is nothing.  Raises :class:`ConfigError`."""
     try:
         # Pure Python, for one and the same parser everywhere; it refuses duplicate keys.
         raw: object = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, RecursionError) as exc:
         raise ConfigError(source, [_explain(exc)]) from exc
-    if raw is None:
-        raise ConfigError(source, ["the file is empty; it needs at least a `models` section"])
     return raw
 
 
@@ -149,7 +150,7 @@ def _explain(exc: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
 
 
-def _with_lines(problems: Iterable[Problem], text: str) -> list[str]:
+def with_lines(problems: Iterable[Problem], text: str) -> list[str]:
     """Add line numbers, which only the slower round-trip loader knows."""
     try:
         document = YAML(typ="rt").load(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ def cross_field_problems(config: GatewayConfigSchema) -> Iterator[Problem]:
         yield from _must_be_models(config, ("gateway", "default_model"), [default])
     for name, model in config.models.items():
         yield from _model_rules(config, name, model)
+    yield from _backend_rules(config)
     yield from _key_rules(config)
     yield from _listener_rules(config)
     yield from _store_rules(config.store)
@@ -65,22 +66,23 @@ def _must_be_models(
     config: GatewayConfigSchema, path: Steps, names: Iterable[str]
 ) -> Iterator[Problem]:
     for name in names:
-        if name not in config.models:
+        if name not in config.models and not config.backends:  # which may list it
             hint = suggestion(name, config.models) or f"; models: {', '.join(config.models)}"
             yield Problem(path, f"{name!r} is not a model{hint}")
 
 
 def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> Iterator[Problem]:
     path = ("models", name)
-    if not model.all_endpoints():
-        yield Problem(path, "needs `endpoint` or `endpoints`")
-    seen = {model.endpoint}
-    for index, endpoint in enumerate(model.endpoints):
-        if endpoint.url in seen:
-            yield Problem((*path, "endpoints", index, "url"), f"{endpoint.url} is there twice")
-        seen.add(endpoint.url)
-    yield from _concurrency_rules(path, model)
-    yield from _reach_rules(path, model)
+    if not model.all_endpoints() and not model.endpoints_file and not config.backends:
+        yield Problem(path, "needs `endpoint`, `endpoints` or `endpoints_file`")
+    if model.min_concurrent is not None and model.min_concurrent > model.max_concurrent:
+        yield _too_many((*path, "min_concurrent"), model.min_concurrent, model.max_concurrent)
+    urls = [e.url for e in model.all_endpoints()]
+    if model.endpoints_file is None and not config.backends:
+        yield from _reach_rules(path, model.tls, model.resolve, urls)
+    elif model.tls != TlsConfig():
+        yield from _file_rules((*path, "tls"), model.tls)
+    yield from endpoint_problems((*path, "endpoints"), model)
     if model.hedge and config.load_balancer.retry_ambiguous is RetryAmbiguous.NEVER:
         yield Problem(
             (*path, "hedge"), "sends requests twice, which retry_ambiguous: never rules out"
@@ -94,38 +96,51 @@ def _model_rules(config: GatewayConfigSchema, name: str, model: ModelConfig) -> 
         yield from _must_be_models(config, where, [fallback])
 
 
-def _concurrency_rules(path: Steps, model: ModelConfig) -> Iterator[Problem]:
-    places: list[tuple[Steps, Count | None, Count]] = [
-        (path, model.min_concurrent, model.max_concurrent)
-    ]
+def _backend_rules(config: GatewayConfigSchema) -> Iterator[Problem]:
+    if not config.models and not config.backends:
+        yield Problem(("models",), "is required")
+    yield from endpoint_problems(("backends",), ModelConfig(endpoints=config.backends))
+    for index, backend in enumerate(config.backends):
+        if backend.resolve not in (None, Resolve.TOGETHER):
+            path = ("backends", index, "resolve")
+            yield Problem(path, "a backend is one server, so it is 'together'")
+
+
+def endpoint_problems(path: Steps, model: ModelConfig) -> Iterator[Problem]:
+    """What is wrong with the endpoints that are listed, at *path*, for *model*."""
+    seen = {model.endpoint}
     for index, endpoint in enumerate(model.endpoints):
-        if endpoint.min_concurrent is not None or endpoint.max_concurrent is not None:
-            least = endpoint.min_concurrent or model.min_concurrent
-            most = endpoint.max_concurrent or model.max_concurrent
-            places.append(((*path, "endpoints", index), least, most))
-    for where, least, most in places:
-        if least is not None and least > most:
-            yield Problem(
-                (*where, "min_concurrent"), f"{least} is more than max_concurrent, {most}"
-            )
+        where = (*path, index)
+        if endpoint.url in seen:
+            yield Problem((*where, "url"), f"{endpoint.url} is there twice")
+        seen.add(endpoint.url)
+        least = endpoint.min_concurrent or model.min_concurrent
+        most = endpoint.max_concurrent or model.max_concurrent
+        is_own = endpoint.min_concurrent is not None or endpoint.max_concurrent is not None
+        if is_own and least is not None and least > most:
+            yield _too_many((*where, "min_concurrent"), least, most)
+        tls = endpoint.tls or TlsConfig()
+        yield from _reach_rules(where, tls, endpoint.resolve, [endpoint.url])
 
 
-def _reach_rules(path: Steps, model: ModelConfig) -> Iterator[Problem]:
+def _too_many(path: Steps, least: Count, most: Count) -> Problem:
+    return Problem(path, f"{least} is more than max_concurrent, {most}")
+
+
+def _reach_rules(
+    path: Steps, tls: TlsConfig, resolve: Resolve | None, urls: Sequence[Url]
+) -> Iterator[Problem]:
     """TLS is for https, and only names have addresses."""
-    urls = [e.url for e in model.all_endpoints()]
-    places: list[tuple[Steps, TlsConfig, Resolve | None, list[Url]]] = [
-        (path, model.tls, model.resolve, urls)
-    ]
-    for index, endpoint in enumerate(model.endpoints):
-        where = (*path, "endpoints", index)
-        places.append((where, endpoint.tls or TlsConfig(), endpoint.resolve, [endpoint.url]))
-    for where, tls, resolve, reached in places:
-        if tls != TlsConfig():
-            if not any(url.startswith("https:") for url in reached):
-                yield Problem((*where, "tls"), "needs a URL that begins with https://")
-            yield from _file_rules((*where, "tls"), tls)
-        if resolve is Resolve.EACH and reached and not any(map(_has_name, reached)):
-            yield Problem((*where, "resolve"), "'each' needs a URL with a name in it")
+    if tls != TlsConfig():
+        if not any(url.startswith("https:") for url in urls):
+            yield Problem((*path, "tls"), "needs a URL that begins with https://")
+        yield from _file_rules((*path, "tls"), tls)
+    if resolve in (Resolve.EACH, Resolve.SRV) and urls:
+        how = (*path, "resolve")
+        if not any(map(_has_name, urls)):
+            yield Problem(how, f"{resolve.value!r} needs a URL with a name in it")
+        elif resolve is Resolve.SRV and all(urlsplit(url).port for url in urls):
+            yield Problem(how, "'srv' needs a URL without a port, which the records tell")
 
 
 def _has_name(url: str) -> bool:

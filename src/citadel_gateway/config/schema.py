@@ -183,9 +183,13 @@ class LoadBalancerConfig:
         "How long the share and the concurrency of an endpoint that has come back, or joins "
         "others, take to grow to what they should be; 0: none.",
     )
+    models_interval: Seconds = option(
+        Seconds(10.0), "Between two looks at the models that a backend lists."
+    )
     dns_ttl: Seconds = option(
         Seconds(10.0),
-        "Names of endpoints are looked up again after it; the system tells no time to live.",
+        "Names of endpoints are looked up again after it; the system tells no time to live.  SRV "
+        "records tell their own.",
     )
 
 
@@ -246,6 +250,11 @@ class ModelConfig:
 
     endpoint: Url | None = option(None, "Short form of `endpoints` with a single URL.")
     endpoints: tuple[EndpointConfig, ...] = option((), "Servers of this model.")
+    endpoints_file: str | None = option(
+        None,
+        "YAML or JSON file with a list of more endpoints, written as in `endpoints`; read again "
+        "when it has changed.  A bad one changes nothing.",
+    )
     weight: Weight = option(Weight(1.0), "Share of the load.")
     max_concurrent: Count = option(Count(100), "Requests each endpoint works on at once.")
     adaptive_concurrency: bool = option(
@@ -278,7 +287,8 @@ class ModelConfig:
     api_key: Secret | None = secret("Sent to the endpoints as a bearer token.")
     resolve: Resolve = option(
         Resolve.TOGETHER,
-        "Where a name has several addresses: one endpoint together, or each one of its own.",
+        "Where a name has several addresses: one endpoint together, or each one of its own; srv: "
+        "each server that its SRV records name is one, at their port and with their weight.",
     )
     tls: TlsConfig = option(TlsConfig(), "How to speak TLS to the endpoints.")
 
@@ -287,23 +297,25 @@ class ModelConfig:
         listed = self.endpoints
         if self.endpoint is not None:
             listed = (EndpointConfig(url=self.endpoint), *listed)
-        return tuple(
-            attrs.evolve(
-                e,
-                weight=e.weight if e.weight is not None else self.weight,
-                max_concurrent=e.max_concurrent or self.max_concurrent,
-                adaptive_concurrency=(
-                    self.adaptive_concurrency
-                    if e.adaptive_concurrency is None
-                    else e.adaptive_concurrency
-                ),
-                min_concurrent=e.min_concurrent or self.min_concurrent,
-                api_key=e.api_key or self.api_key,
-                engine=e.engine or self.engine,
-                resolve=e.resolve or self.resolve,
-                tls=e.tls or self.tls,
-            )
-            for e in listed
+        return tuple(map(self.complete, listed))
+
+    def complete(self, endpoint: EndpointConfig) -> EndpointConfig:
+        """The endpoint with the model's own values where it has none."""
+        e = endpoint
+        return attrs.evolve(
+            e,
+            weight=e.weight if e.weight is not None else self.weight,
+            max_concurrent=e.max_concurrent or self.max_concurrent,
+            adaptive_concurrency=(
+                self.adaptive_concurrency
+                if e.adaptive_concurrency is None
+                else e.adaptive_concurrency
+            ),
+            min_concurrent=e.min_concurrent or self.min_concurrent,
+            api_key=e.api_key or self.api_key,
+            engine=e.engine or self.engine,
+            resolve=e.resolve or self.resolve,
+            tls=e.tls or self.tls,
         )
 
 
@@ -453,7 +465,12 @@ class GatewayConfigSchema:
     service: ServiceConfig = option(ServiceConfig(), "Where the gateway listens.")
     gateway: RoutingConfig = option(RoutingConfig(), "Which model answers.")
     load_balancer: LoadBalancerConfig = option(LoadBalancerConfig(), "Which endpoint answers.")
-    models: dict[Name, ModelConfig] = required("The models, by the name clients ask for.")
+    models: dict[Name, ModelConfig] = option({}, "The models, by the name clients ask for.")
+    backends: tuple[EndpointConfig, ...] = option(
+        (),
+        "Servers whose models are found out: each serves those that its /v1/models lists, whether "
+        "they are configured or not.",
+    )
     performance: PerformanceConfig = option(PerformanceConfig(), "Limits of the whole gateway.")
     streaming: StreamingConfig = option(StreamingConfig(), "Streams that break or keep silent.")
     store: StoreConfig = option(StoreConfig(), "What several gateways share.")
@@ -467,4 +484,9 @@ class GatewayConfigSchema:
 
     def default_model(self) -> Name:
         """The model that answers when none is asked for and none may be chosen."""
-        return self.gateway.default_model or next(iter(self.models))
+        return self.gateway.default_model or next(iter(self.models), Name(""))
+
+    def all_endpoints(self) -> list[EndpointConfig]:
+        """Of all models, and the backends."""
+        listed = [e for model in self.models.values() for e in model.all_endpoints()]
+        return [*listed, *self.backends]

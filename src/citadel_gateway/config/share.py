@@ -9,6 +9,7 @@ because an endpoint with room for nothing is none.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import attrs
 
@@ -58,6 +59,13 @@ def share_of(config: GatewayConfigSchema, place: int, workers: int) -> GatewayCo
             config.security, api_keys=tuple(map(part.key, config.security.api_keys))
         ),
     )
+
+
+def portion_of(
+    config: GatewayConfigSchema, place: int, workers: int
+) -> Callable[[EndpointConfig], EndpointConfig]:
+    """The same for an endpoint that is not in the configuration."""
+    return (lambda endpoint: endpoint) if has_store(config) else _Part(place, workers).endpoint
 
 
 @attrs.frozen

@@ -14,7 +14,9 @@ from cattrs.gen import make_dict_structure_fn
 from citadel_gateway.config import values as v
 from citadel_gateway.config.hooks import HOOKS, Hook, enum_hook, name_hook, secret_hook
 from citadel_gateway.config.problems import InvalidConfig, Problem, Steps, kind_of, show, suggestion
-from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.config.schema import EndpointConfig, GatewayConfigSchema
+
+_ENDPOINTS: Any = tuple[EndpointConfig, ...]
 
 
 def structure(raw: Mapping[str, object], environ: Mapping[str, str]) -> GatewayConfigSchema:
@@ -23,6 +25,15 @@ def structure(raw: Mapping[str, object], environ: Mapping[str, str]) -> GatewayC
         return make_converter(environ).structure(raw, GatewayConfigSchema)
     except Exception as exc:  # whatever a hook raises is something wrong with its value
         raise InvalidConfig(_problems(exc, ())) from exc
+
+
+def structure_endpoints(raw: object, environ: Mapping[str, str]) -> tuple[EndpointConfig, ...]:
+    """The same for a list of endpoints that stands alone."""
+    try:
+        listed: tuple[EndpointConfig, ...] = make_converter(environ).structure(raw, _ENDPOINTS)
+    except Exception as exc:  # as above
+        raise InvalidConfig(_problems(exc, ())) from exc
+    return listed
 
 
 def _problems(exc: BaseException, path: Steps) -> Iterator[Problem]:

@@ -102,10 +102,15 @@ class Engine(enum.Enum):
 
 
 class Resolve(enum.Enum):
-    """What the addresses of a name are: one endpoint together, or each an endpoint of its own."""
+    """What a name stands for.
+
+    All its addresses together are one endpoint, or each is one of its own; or each server that its
+    SRV records name is one.
+    """
 
     TOGETHER = "together"
     EACH = "each"
+    SRV = "srv"
 
 
 class StoreKind(enum.Enum):

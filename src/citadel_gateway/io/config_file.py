@@ -54,10 +54,11 @@ class ConfigFile:
         )
 
     def _look(self) -> dict[str, Stamp]:
-        return {file: _stamp(file) for file in self._files}
+        return {file: stamp_of(file) for file in self._files}
 
 
-def _stamp(path: str) -> Stamp:
+def stamp_of(path: str) -> Stamp:
+    """What there is at *path*, to be told apart from what there was; may block on a disk."""
     try:
         found = os.stat(path)  # noqa: PTH116  # that of what a link points to
     except (OSError, ValueError):
@@ -67,12 +68,7 @@ def _stamp(path: str) -> Stamp:
 
 def _tls_files(config: GatewayConfigSchema) -> list[str]:
     """Certificates and keys: their names stay when they are renewed."""
-    used = [
-        tls
-        for model in config.models.values()
-        for endpoint in model.all_endpoints()
-        if (tls := endpoint.tls) is not None
-    ]
+    used = [tls for endpoint in config.all_endpoints() if (tls := endpoint.tls) is not None]
     files = [config.service.tls_certfile, config.service.tls_keyfile]
     for tls in used:
         files += [tls.ca_file, tls.cert_file, tls.key_file]

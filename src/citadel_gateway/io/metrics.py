@@ -40,6 +40,7 @@ _DURATION = tuple(0.01 * 2**n for n in range(17))
 _QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKENS = tuple(4.0**n for n in range(14))
 
+_OTEL_MODEL = "gen_ai_request_model"  # OpenTelemetry's name of the label
 _SLICE = 0.0004  # seconds that making a page may hold the event loop in one go
 _REMEMBERED = 300.0  # seconds that an endpoint's counts outlive it
 
@@ -64,6 +65,7 @@ class Levels:
     queue_depths: dict[tuple[str, str], int]  # by model and class
     queue_waits: dict[str, float]  # predicted, by model
     panics: dict[str, bool] = attrs.field(factory=dict)  # by model
+    failing: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by model and kind of source
     in_flight: int
     connections: int
     tasks: int
@@ -123,12 +125,12 @@ class Metrics:
             "citadel_gateway_time_to_first_token_seconds",
             "Arrival of a request to the first content of its stream.",
             ["model"], buckets=_FIRST_TOKEN,
-            also=("gen_ai_server_time_to_first_token_seconds", ["gen_ai_request_model"]),
+            also=("gen_ai_server_time_to_first_token_seconds", [_OTEL_MODEL]),
         )  # fmt: skip
         self._duration = Histograms(
             "citadel_gateway_request_duration_seconds", "Arrival of a request to its end.",
             ["model"], buckets=_DURATION,
-            also=("gen_ai_server_request_duration_seconds", ["gen_ai_request_model"]),
+            also=("gen_ai_server_request_duration_seconds", [_OTEL_MODEL]),
         )  # fmt: skip
         self._tokens = Counters(
             "citadel_gateway_tokens", "Tokens, as the engines count them.",
@@ -136,7 +138,7 @@ class Metrics:
         )  # fmt: skip
         self._token_usage = Histograms(
             "gen_ai_client_token_usage", "Tokens of one request (OpenTelemetry's name).",
-            ["gen_ai_request_model", "gen_ai_token_type"], buckets=_TOKENS,
+            [_OTEL_MODEL, "gen_ai_token_type"], buckets=_TOKENS,
         )  # fmt: skip
         self._queue_wait = Histograms(
             "citadel_gateway_queue_wait_seconds", "Waiting for a slot, of requests that waited.",
@@ -176,6 +178,11 @@ class Metrics:
             "Times that a stream's first token was late, by what came of asking a second endpoint.",
             ["model", "result"],
         )  # fmt: skip
+        self._changes = Counters(
+            "citadel_gateway_endpoint_changes",
+            "Endpoints that have come or gone while the configuration stayed.",
+            ["model", "change"],
+        )  # fmt: skip
         self._crashes = Counters(
             "citadel_gateway_crashes", "Exceptions caught at a boundary: bugs.",
             ["where"],
@@ -190,7 +197,7 @@ class Metrics:
             "Requests refused because the process is short of something.",
             ["resource"],
         )
-        self._absent: dict[str, float] = {}
+        self._absent: dict[tuple[str, str], float] = {}
         self._labels: WeakKeyDictionary[Endpoint, str] = WeakKeyDictionary()
         self._making = trio.Lock()
         self._page = b""
@@ -252,6 +259,9 @@ class Metrics:
     def changed(self, endpoint: Endpoint, transition: Transition) -> None:
         self._transitions.labels(endpoint.model, endpoint.url, transition.after.value).inc()
 
+    def arrived(self, endpoint: Endpoint, *, has_come: bool) -> None:
+        self._changes.labels(endpoint.model, "added" if has_come else "removed").inc()
+
     def malformed(self, model: str, count: int) -> None:
         self._malformed.labels(model).inc(count)
 
@@ -268,18 +278,21 @@ class Metrics:
     def reloaded(self, result: str) -> None:
         self._reloads.labels(result).inc()
 
-    def forget_absent(self, known: Set[str], now: float) -> None:
-        """Drop what was counted of endpoints that are no longer among the *known* for a while.
+    def forget_absent(self, endpoints: Set[str], models: Set[str], now: float) -> None:
+        """Drop what was counted of endpoints and models that have been no longer known for a while.
 
         Not at once: their last events have to be scraped, too.
         """
-        families = (self._requests, self._attempts, self._transitions)
-        absent = set().union(*(f.values_of("endpoint") for f in families)) - known - {"none"}
-        self._absent = {url: self._absent.get(url, now) for url in absent}
-        for url, since in list(self._absent.items()):
-            if now - since >= _REMEMBERED:
-                for family in families:
-                    family.forget("endpoint", url)
+        absent: dict[tuple[str, str], float] = {}
+        for label, known in (("endpoint", endpoints), ("model", models), (_OTEL_MODEL, models)):
+            families = [family for family in self._families if label in family.label_names]
+            seen = set().union(*(family.values_of(label) for family in families))
+            for value in seen - known - {"none"}:
+                since = absent[label, value] = self._absent.get((label, value), now)
+                if now - since >= _REMEMBERED:
+                    for family in families:
+                        family.forget(label, value)
+        self._absent = absent
 
     async def render(self) -> bytes:
         """The page that Prometheus scrapes.
@@ -349,8 +362,8 @@ class Metrics:
             self._requests, self._attempts, self._overheads, self._first_token, self._duration,
             self._tokens, self._token_usage, self._queue_wait, self._turned_away,
             self._cancellations, self._rejections, self._transitions, self._timeouts,
-            self._malformed, self._continuations, self._hedges, self._crashes, self._reloads,
-            self._overloaded,
+            self._changes, self._malformed, self._continuations, self._hedges, self._crashes,
+            self._reloads, self._overloaded,
         )  # fmt: skip
 
 
@@ -403,6 +416,10 @@ def _other_gauges(levels: Levels) -> Iterator[str]:
     yield head(name, "1 while too few endpoints are healthy, so that all are used.", "gauge")
     for model, panics in levels.panics.items():
         yield f"{name}{label_text(('model',), (model,))} {number(panics)}\n"
+    name = "citadel_gateway_source_failing"
+    yield head(name, "1 while what a source of endpoints said last is used.", "gauge")
+    for labels, is_failing in levels.failing.items():
+        yield f"{name}{label_text(('model', 'source'), labels)} {number(is_failing)}\n"
     for what, doc, value in (
         ("in_flight_requests", "Requests with an endpoint.", levels.in_flight),
         ("client_connections", "Open client connections.", levels.connections),

@@ -22,14 +22,21 @@ async def recognise(
     """
 
     async def get(path: str) -> bytes:
-        asking = client.stream("GET", root + path, headers=headers, extensions={ORIGIN: origin})
-        async with asking as response:
-            body = b""
-            async for piece in response.aiter_raw():
-                body += piece
-                if len(body) > _MOST_READ:
-                    return b""
-            return body if response.status_code == httpx.codes.OK else b""
+        return await get_small(client, root + path, headers, origin)
 
     clue = read_models(await get("/v1/models"))
     return read_more(clue.ask, await get(clue.ask)) if clue.ask else clue.engine
+
+
+async def get_small(
+    client: httpx.AsyncClient, url: str, headers: Mapping[str, str], origin: Origin
+) -> bytes:
+    """What is at *url*; nothing if the status is not 200, or if it is too long."""
+    asking = client.stream("GET", url, headers=headers, extensions={ORIGIN: origin})
+    async with asking as response:
+        body = b""
+        async for piece in response.aiter_raw():
+            body += piece
+            if len(body) > _MOST_READ:
+                return b""
+        return body if response.status_code == httpx.codes.OK else b""

@@ -3,9 +3,9 @@
 Theory of operation.  The first time a name is asked for, the answer is waited for; from then on it
 is there at once, and as long as :meth:`Resolver.run` runs it is asked for again every *ttl*
 seconds in the background.  The system's resolver does not tell how long its answers are good, so
-that the time is a setting.  When asking fails, the last good answer stays: an engine does not go
-away because a name server does.  Without :meth:`Resolver.run`, an old answer is renewed by
-whoever asks next.
+that the time is a setting; an answer that is :class:`Lasting` does.  When asking fails, the last
+good answer stays: an engine does not go away because a name server does.  Without
+:meth:`Resolver.run`, an old answer is renewed by whoever asks next.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ from anyio.abc import TaskGroup
 
 Lookup: TypeAlias = Callable[[str], Awaitable[Sequence[str]]]
 """The addresses of a name, best first; raises ``OSError``."""
+
+
+class Lasting(list[str]):
+    """An answer that says itself how long it is good.
+
+    :param ttl: in seconds.
+    """
+
+    def __init__(self, found: Iterable[str], ttl: float) -> None:
+        super().__init__(found)
+        self.ttl = ttl
+
 
 _PATIENCE = 1.0  # seconds after a failed first lookup in which nobody tries again
 _THREADS = 8  # lookups at once: a dead name server keeps each for many seconds
@@ -57,6 +69,7 @@ def make_system_lookup() -> Lookup:
 class _Name:
     addresses: tuple[str, ...] = ()
     asked: float = float("-inf")
+    ttl: float | None = None  # of the last good answer, if that has said so
     error: OSError | None = None
     turn: int = 0
     avoided: dict[str, float] = attrs.field(factory=dict)  # and until when
@@ -128,6 +141,15 @@ class Resolver:
         name = self._names.get(host)
         return (host,) if is_address(host) else name.addresses if name else ()
 
+    def trouble(self, host: str) -> OSError | None:
+        """Why what is known of *host* may be old; ``None`` if it is not."""
+        name = self._names.get(host)
+        return None if name is None else name.error
+
+    def knows_any(self) -> bool:
+        """Whether any name has been asked for, and not been forgotten."""
+        return bool(self._names)
+
     def is_current(self, host: str, address: str) -> bool:
         """Whether *address* is one of *host*, as far as is known."""
         name = self._names.get(host)
@@ -147,7 +169,7 @@ class Resolver:
             try:
                 while True:
                     for host, name in self._names.items():
-                        if self.clock() - name.asked >= self.ttl:
+                        if self.clock() - name.asked >= self._ttl_of(name):
                             self._start_asking(self._asking, host, name)
                     await anyio.sleep(min(1.0, self.ttl / 10))
             finally:
@@ -157,7 +179,11 @@ class Resolver:
         age = self.clock() - name.asked
         if not name.addresses:
             return name.error is None or age >= _PATIENCE
-        return self._asking is None and not 0 <= age < self.ttl
+        return self._asking is None and not 0 <= age < self._ttl_of(name)
+
+    def _ttl_of(self, name: _Name) -> float:
+        """What failed is asked for again sooner than a long answer says."""
+        return self.ttl if name.ttl is None or name.error is not None else name.ttl
 
     async def _wait_for_answer(self, host: str, name: _Name) -> None:
         """One lookup at a time, however many ask; who leaves does not end it for the others."""
@@ -184,7 +210,8 @@ class Resolver:
     async def _ask(self, host: str, name: _Name) -> None:
         name.asked = self.clock()
         try:
-            found = tuple(await self.lookup(host))
+            answer = await self.lookup(host)
+            found = tuple(answer)
             if not found:
                 raise OSError(f"{host!r} has no address")
         except OSError as exc:
@@ -195,6 +222,7 @@ class Resolver:
         if name.error is not None and name.addresses:
             self.on_trouble(host, None)
         before, name.addresses, name.error = set(name.addresses), found, None
+        name.ttl = answer.ttl if isinstance(answer, Lasting) else None
         name.avoided = {a: until for a, until in name.avoided.items() if a in found}
         if set(found) != before:
             self.on_change(host)

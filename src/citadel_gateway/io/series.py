@@ -84,7 +84,7 @@ class Histograms:
         buckets: Sequence[float],
         also: tuple[str, Sequence[str]] | None = None,
     ) -> None:
-        self._bounds = tuple(buckets)
+        self._bounds, self.label_names = tuple(buckets), tuple(labels)
         self._children: dict[tuple[str, ...], Distribution] = {}
         self._views = [_View(name, doc, labels, self._bounds)]
         if also is not None:
@@ -97,6 +97,19 @@ class Histograms:
             counts = [0] * (len(self._bounds) + 1)
             child = self._children[values] = Distribution(self._bounds, counts)
         return child
+
+    def values_of(self, label: str) -> set[str]:
+        """The values that *label* has in any series."""
+        place = self.label_names.index(label)
+        return {values[place] for values in self._children}
+
+    def forget(self, label: str, value: str) -> None:
+        """Drop the series in which *label* is *value*."""
+        place = self.label_names.index(label)
+        for values in [v for v in self._children if v[place] == value]:
+            del self._children[values]
+            for view in self._views:
+                view.forget(values)
 
     def pieces(self) -> Iterator[str]:
         for view in self._views:
@@ -115,6 +128,9 @@ class _View:
             for bound in (*bounds, math.inf)
         ]
         self._prefixes: dict[tuple[str, ...], list[str]] = {}
+
+    def forget(self, values: tuple[str, ...]) -> None:
+        self._prefixes.pop(values, None)
 
     def text(self, values: tuple[str, ...], child: Distribution) -> str:
         prefixes = self._prefixes.get(values) or self._make_prefixes(values)

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from typing import Any
 
 import attrs
 import trio
@@ -51,6 +52,7 @@ class Orders:
     :param source: the name of the file that *text* is from, and *digest* its SHA-256.
     :param generation: number of this configuration.
     :param cordons: models and URLs that operators have taken out of service.
+    :param added: models, URLs and options of endpoints that operators have added.
     :param sockets_stay: whether they go on listening when the gateway has ended.
     """
 
@@ -62,7 +64,24 @@ class Orders:
     digest: str
     generation: int
     cordons: Sequence[Sequence[str]]
+    added: Sequence[Sequence[Any]]
     sockets_stay: bool
+
+
+def missed_orders(before: Orders, now: Orders) -> list[tuple[str, dict[str, Any]]]:
+    """What operators have wanted since a worker was told of it *before*, and how to tell it."""
+
+    def order(model: str, url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"url": url, "model": model, "within": 0.0, "options": options}
+
+    added, adds = ({(m, u): said for m, u, said in o.added} for o in (before, now))
+    cordoned, cordons = ({(m, u) for m, u in o.cordons} for o in (before, now))
+    return [
+        *(("remove", order(*name, {})) for name in added if name not in adds),
+        *(("add", order(*name, said)) for name, said in adds.items() if added.get(name) != said),
+        *(("uncordon", order(*name, {})) for name in cordoned - cordons),
+        *(("cordon", order(*name, {})) for name in cordons - cordoned),
+    ]
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:

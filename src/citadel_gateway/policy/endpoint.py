@@ -37,6 +37,8 @@ class Endpoint:
     :param warmth: the part of its weight that it gets now; 1 but for a while after it came back.
     :param is_newcomer: it joins others that are at work already, so it starts slowly, too.
     :param is_needed: too few of its pool are healthy, so that it is used although it is not.
+    :param is_stood_in_for: others are used because it and its like are down; so whether they are
+        well is no sign of anything.
     :param on_standing: told when it has become well, ill, cordoned or not cordoned.
     """
 
@@ -57,6 +59,7 @@ class Endpoint:
     share: int | None = None
     cordoned: bool = attrs.field(default=False, init=False)
     is_needed: bool = attrs.field(default=False, init=False)
+    is_stood_in_for: bool = attrs.field(default=False, init=False)
     limit: int = attrs.field(init=False)
     warmth: float = attrs.field(default=1.0, init=False)
     watchers: list[Callable[[Endpoint], None]] = attrs.field(factory=list, init=False, repr=False)
@@ -108,6 +111,10 @@ class Endpoint:
     def is_in_service(self) -> bool:
         """Whether it is used at all, so that nothing but time keeps it from taking requests."""
         return (self.health.healthy or self.is_needed) and not self.cordoned
+
+    def is_out(self) -> bool:
+        """Known to be ill, or out of service by command."""
+        return self.cordoned or (self.health.observed_at is not None and not self.health.healthy)
 
     def resize(self, most: int, floor: int | None, slow_start: SlowStart) -> None:
         """Have other limits: *most* requests at once, and no less than *floor* if it adapts.

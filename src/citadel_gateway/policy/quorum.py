@@ -10,7 +10,8 @@ If none is healthy there is nobody to be spared, and that is no panic but an out
 over, else requests are refused until a probe goes well, which is seconds.  To try all the same
 would open every breaker, and keep the endpoints away long after they are back.
 
-An endpoint that was not probed yet, or is cordoned, is not counted, and is not used either.
+An endpoint that was not probed yet, is cordoned, or has stand-ins, is not counted, and is not used
+either.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Quorum:
 
     def review(self) -> None:
         """Count again: one has become well or ill, or is cordoned, or is not any more."""
-        counted = [e for e in self._members if e.health.observed_at is not None and not e.cordoned]
+        counted = [e for e in self._members if _counts(e)]
         healthy = sum(e.health.healthy for e in counted)
         before, self.is_panicking = self.is_panicking, 0 < healthy < self.threshold * len(counted)
         if self.is_panicking:
@@ -73,3 +74,8 @@ class Quorum:
                 endpoint.is_needed = False
         if self.is_panicking != before:
             self.on_change(self.is_panicking)
+
+
+def _counts(endpoint: Endpoint) -> bool:
+    is_known = endpoint.health.observed_at is not None
+    return is_known and not endpoint.cordoned and not endpoint.is_stood_in_for

@@ -72,6 +72,10 @@ class Roster:
         for endpoint in self._warming:
             self._weigh_anew(endpoint)
 
+    def reweigh(self, endpoint: Endpoint) -> None:
+        """Its weight is another than before."""
+        self.picker.reweigh(endpoint)
+
     def remove(self, endpoint: Endpoint) -> None:
         """Give it nothing any more."""
         for place in (self._ready, self._full, self._away):

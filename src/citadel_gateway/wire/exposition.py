@@ -17,7 +17,7 @@ Samples: TypeAlias = dict[str, float]
 """By name and labels, as they are written."""
 
 _KEPT = frozenset({"counter", "histogram"})
-_ENDPOINT = re.compile(r'endpoint="((?:[^"\\]|\\.)*)"')
+_OWNER = re.compile(r'(endpoint|model)="((?:[^"\\]|\\.)*)"')
 _DRAINING = "citadel_gateway_draining"
 
 # Gauges that do not add up.  They are about workers that take requests, if there are any.
@@ -28,6 +28,7 @@ _RULES: dict[str, Callable[[Iterable[float]], float]] = {
     "citadel_gateway_endpoint_latency_seconds": max,
     "citadel_gateway_breaker_state": max,
     "citadel_gateway_panic": max,
+    "citadel_gateway_source_failing": max,
     "citadel_gateway_overload_level": max,
     "citadel_gateway_store_up": min,
     "citadel_gateway_store_members": max,
@@ -81,14 +82,14 @@ class HostPage:
     """The page of a whole host.
 
     :param whole: gauges of which every worker tells what is true for all together.
-    :param remembers: seconds that counts of endpoints are kept which no worker knows any more.
+    :param remembers: seconds that counts are kept of endpoints and models that no worker knows.
     """
 
     whole: frozenset[str] = frozenset()
     remembers: float = 300.0
     _pages: dict[int, Page] = attrs.field(factory=dict, init=False)
     _gone: Page = attrs.field(factory=dict, init=False)
-    _absent: dict[str, float] = attrs.field(factory=dict, init=False)
+    _absent: dict[tuple[str, str], float] = attrs.field(factory=dict, init=False)
 
     def take(self, source: int, text: str) -> None:
         """The latest page of *source*; it replaces the one before."""
@@ -123,27 +124,22 @@ class HostPage:
                 yield families[-1].head + _text(_merged(families, rule))
 
     def forget_absent(self, now: float) -> None:
-        """Drop what is left of endpoints that no worker has known for a while."""
-        left = {
-            key: found[1]
-            for family in self._gone.values()
-            for key in family.samples
-            if (found := _ENDPOINT.search(key)) and found[1] != "none"
-        }
-        if not left:
+        """Drop what is left of endpoints and models that no worker has known for a while."""
+        left = {key: _owners(key) for family in self._gone.values() for key in family.samples}
+        if not any(left.values()):
             return
         known = {
-            found[1]
+            owner
             for page in self._pages.values()
             for family in page.values()
             for key in family.samples
-            if (found := _ENDPOINT.search(key))
+            for owner in _owners(key)
         }
-        absent = {*left.values()} - known
-        self._absent = {url: self._absent.get(url, now) for url in absent}
-        over = {url for url, since in self._absent.items() if now - since >= self.remembers}
+        absent = set().union(*left.values()) - known
+        self._absent = {owner: self._absent.get(owner, now) for owner in absent}
+        over = {owner for owner, since in self._absent.items() if now - since >= self.remembers}
         for family in self._gone.values():
-            for key in [key for key in family.samples if left.get(key) in over]:
+            for key in [key for key in family.samples if not over.isdisjoint(left.get(key, ()))]:
                 del family.samples[key]
 
     def _keep(self, family: Family, key: str, value: float) -> None:
@@ -151,6 +147,11 @@ class HostPage:
         if kept is None:
             kept = self._gone[family.name] = Family(family.name, family.head, is_kept=True)
         kept.samples[key] = kept.samples.get(key, 0.0) + value
+
+
+def _owners(key: str) -> list[tuple[str, str]]:
+    """The endpoint and the model of which a sample tells, also by OpenTelemetry's name of it."""
+    return [(kind, value) for kind, value in _OWNER.findall(key) if value != "none"]
 
 
 def _is_draining(page: Page) -> bool:
