@@ -200,12 +200,13 @@ async def test_half_a_connection_is_none(autojump_clock: MockClock) -> None:
 async def test_between_two_attempts_there_is_no_second(
     autojump_clock: MockClock, stream: bool
 ) -> None:
-    """The first endpoint refuses, the other one is busy: the client leaves while it waits."""
+    """One endpoint refuses for long, the other one is busy: the client leaves while it waits."""
     config = fleet({"m": {"endpoints": [{"url": endpoint("a")}, {"url": endpoint("b")}],
                           "max_concurrent": 1}})  # fmt: skip
     async with running_gateway(config) as world:
         a, b = world.engines["a"], world.engines["b"]
-        a.default = Script([engines.sleep(1), *engines.status(429).steps])
+        refusal = engines.status(429, b"", [("retry-after", "9")])
+        a.default = Script([engines.sleep(1), *refusal.steps])
         b.default = Script([engines.sleep(5), *engines.whole_chat("ok").steps])
         async with world.client() as client, world.client() as other:
             await client.send(request(stream=stream))
