@@ -123,10 +123,8 @@ def _add_models(app: QuartTrio, gateway: Gateway) -> None:
 
     async def route() -> Response:
         visitor = _identify(gateway)
-        if gateway.doorkeeper.is_far:
+        if gateway.doorkeeper.admit(visitor, trio.current_time()) is None:
             await gateway.doorkeeper.admit_far(visitor)
-        else:
-            gateway.doorkeeper.admit(visitor, trio.current_time())
         data = await request.get_data(as_text=False)
         asked = parse_request(Kind.CHAT, data if isinstance(data, bytes) else data.encode())
         return _json(gateway.reports.route(asked, visitor.key, trio.current_time()))
