@@ -16,7 +16,7 @@ import orjson
 import trio
 from tests.support.memory_store import Memory, MemoryStore
 
-from citadel_gateway.io.store.base import Buckets, Grants, StoreUnavailable
+from citadel_gateway.io.store.base import Ahead, Buckets, Grants, StoreUnavailable
 from citadel_gateway.policy.board import News, Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal
 from citadel_gateway.policy.shares import Need
@@ -51,6 +51,7 @@ class Server:
 @attrs.define(eq=False)
 class _Asked:
     buckets: Buckets
+    ahead: Ahead
     answered: trio.Event = attrs.field(factory=trio.Event)
     result: Allowance | Refusal | None = None
 
@@ -78,11 +79,11 @@ class FarStore:
     def now(self) -> float:
         return trio.current_time()
 
-    def take_nowait(self, _buckets: Buckets, /) -> Allowance | Refusal:
+    def take_nowait(self, _buckets: Buckets, _ahead: Ahead = (), /) -> Allowance | Refusal:
         raise StoreUnavailable("it is too far away")
 
-    async def take(self, buckets: Buckets, /) -> Allowance | Refusal:
-        asked = _Asked(buckets)
+    async def take(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
+        asked = _Asked(buckets, ahead)
         self._asked.append(asked)
         self._work.set()
         with trio.move_on_after(self.patience):
@@ -122,7 +123,7 @@ class FarStore:
             async with self._called("take"):
                 self.server.takes += len(batch)
                 for asked in batch:
-                    asked.result = self._policies.take_nowait(asked.buckets)
+                    asked.result = self._policies.take_nowait(asked.buckets, asked.ahead)
         except StoreUnavailable:
             batch = [*batch, *self._asked]  # it is connected anew, and nobody waits for that
             self._asked.clear()

@@ -162,7 +162,9 @@ class Gateway:
     async def is_let_in(self, client: str) -> bool:
         """Whether the rate limits let a request of *client* through."""
         try:
-            await self.service.doorkeeper.admit_far(Visitor(client, None))
+            doorkeeper, visitor = self.service.doorkeeper, Visitor(client, None)
+            if doorkeeper.admit(visitor, trio.current_time()) is None:
+                await doorkeeper.admit_far(visitor)
         except GatewayError:
             return False
         return True

@@ -202,6 +202,32 @@ async def test_many_at_once_get_exactly_what_there_is(make: Opening) -> None:
     assert sum(isinstance(result, Allowance) for result in results) == 100
 
 
+@pytest.mark.parametrize("seed", range(5))
+async def test_all_stores_lease_the_same_units(make: Opening, seed: int) -> None:
+    rng, clock, model = random.Random(seed), Clock(), Memory()
+    reference = MemoryStore(model, clock)
+    shapes = [(b"a", 1000.0, 500.0), (b"b", 50.0, 250.0), (b"c", 300.0, 40.0)]
+    ours = [bucket(*shape) for shape in shapes]
+    theirs = [bucket(*shape) for shape in shapes]
+    leased = 0
+    async with make(clock) as store:
+        for _ in range(150):
+            clock.now += rng.choice([0.0, 0.001, 0.05, rng.random() / 4])
+            chosen = rng.sample(range(3), rng.randint(1, 3))
+            ahead = [rng.choice([0, 1, 7, 50]) for _ in chosen]
+
+            got = await store.take([(str(i), ours[i]) for i in chosen], ahead)
+            expected = await reference.take([(str(i), theirs[i]) for i in chosen], ahead)
+
+            assert type(got) is type(expected)
+            for i in chosen:
+                assert ours[i].tat == pytest.approx(theirs[i].tat, abs=1e-5)
+            if isinstance(got, Allowance) and isinstance(expected, Allowance):
+                assert list(got.ahead or [0] * len(chosen)) == list(expected.ahead)
+                leased += sum(got.ahead)
+    assert leased
+
+
 # What members know together.
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 import attrs
 import trio
 
-from citadel_gateway.io.store.base import Buckets, Grants, StoreUnavailable
+from citadel_gateway.io.store.base import Ahead, Buckets, Grants, StoreUnavailable
 from citadel_gateway.policy.board import Board, News, Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, take
 from citadel_gateway.policy.shares import Cap, Need
@@ -47,20 +47,20 @@ class MemoryStore:
     def now(self) -> float:
         return self.clock()
 
-    def take_nowait(self, buckets: Buckets, /) -> Allowance | Refusal:
+    def take_nowait(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
         self._check()
         now = self.clock()
         for _, bucket in buckets:
             if (tat := self.memory.tats.get(bucket.key)) is not None:
                 bucket.learn(tat, now)
-        result = take(buckets, now)
+        result = take(buckets, now, ahead)
         if isinstance(result, Allowance):
             self.memory.tats |= {bucket.key: bucket.tat for _, bucket in buckets}
         return result
 
-    async def take(self, buckets: Buckets, /) -> Allowance | Refusal:
+    async def take(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
         await trio.lowlevel.checkpoint()
-        return self.take_nowait(buckets)
+        return self.take_nowait(buckets, ahead)
 
     async def meet(self, statement: Statement) -> News:
         await trio.lowlevel.checkpoint()

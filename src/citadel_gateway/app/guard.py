@@ -44,7 +44,7 @@ class Limiter:
     def __init__(self, config: GatewayConfigSchema, membership: Membership | None = None) -> None:
         self._membership = membership
         performance = config.performance
-        self._enabled = performance.rate_limiting_enabled
+        self.is_enabled = performance.rate_limiting_enabled
         rate = performance.rate_limit_rps
         self._everybody = TokenBucket(rate, burst_of(rate, performance.rate_limit_burst))
         self._everybody.key = b"global"
@@ -65,10 +65,8 @@ class Limiter:
     def take(self, client: str, key: ApiKey | None, now: float) -> Allowance | Refusal | None:
         """Spend one request of every limit that applies to *client*.
 
-        ``None`` if none does, or if it takes :meth:`take_far`.
+        ``None`` if it takes :meth:`take_far`.  Only while limits are enabled.
         """
-        if not self._enabled:
-            return None
         if self._membership is None:
             return take(self._buckets(client, key, now), now)
         return self._membership.take_nowait(self._buckets(client, key, self._membership.now()))
@@ -78,11 +76,6 @@ class Limiter:
         if self._membership is None:
             raise RuntimeError("there is no store")
         return await self._membership.take(self._buckets(client, key, self._membership.now()))
-
-    @property
-    def is_far(self) -> bool:
-        """Whether it takes :meth:`take_far`."""
-        return self._enabled and self._membership is not None and self._membership.is_far
 
     def _buckets(
         self, client: str, key: ApiKey | None, now: float
@@ -188,7 +181,6 @@ class Doorkeeper:
         self._allowed = config.performance.request_timeout_seconds
         self._session_header = config.load_balancer.session_header.encode()
         self.limiter = Limiter(config, membership)
-        self.is_far = self.limiter.is_far  # then it takes `admit_far`
 
     def identify(self, scope: dict[str, Any], fields: Fields) -> Visitor:
         """Raises ``GatewayError`` 401 when a key is needed and not shown."""
@@ -205,22 +197,24 @@ class Doorkeeper:
             )
         return Visitor(client, key)
 
-    def admit(self, visitor: Visitor, now: float) -> Headers:
+    def admit(self, visitor: Visitor, now: float) -> Headers | None:
         """Spend the visitor's rate limits; returns what to tell it about them.
 
-        Raises ``GatewayError`` 429.
+        ``None`` if it takes :meth:`admit_far`.  Raises ``GatewayError`` 429.
         """
-        return self._told(self.limiter.take(visitor.client, visitor.key, now))
+        limiter = self.limiter
+        if not limiter.is_enabled:
+            return []
+        result = limiter.take(visitor.client, visitor.key, now)
+        return None if result is None else self._told(result)
 
     async def admit_far(self, visitor: Visitor) -> Headers:
         """The same, over a round trip to the store.  Raises ``GatewayError`` 429."""
         return self._told(await self.limiter.take_far(visitor.client, visitor.key))
 
-    def _told(self, result: Allowance | Refusal | None) -> Headers:
+    def _told(self, result: Allowance | Refusal) -> Headers:
         if isinstance(result, Allowance):
             return allowance_headers(result)
-        if result is None:
-            return []
         wait = result.retry_after
         error = rate_limited(
             f"Rate limit reached ({result.limit}). Try again in {wait:.3f} s.", wait

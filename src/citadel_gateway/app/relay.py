@@ -166,10 +166,10 @@ class Relay:
         record.client = visitor.client
         if key is not None:
             record.key_id = key.id
-        if doorkeeper.is_far:
-            response.headers = response.headers + await doorkeeper.admit_far(visitor)
-        else:
-            response.headers = response.headers + doorkeeper.admit(visitor, record.began)
+        told = doorkeeper.admit(visitor, record.began)
+        if told is None:
+            told = await doorkeeper.admit_far(visitor)
+        response.headers = response.headers + told
         if self.overload.is_refusing:
             raise self.overload.refusal()
         if head is None:

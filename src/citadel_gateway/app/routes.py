@@ -124,10 +124,8 @@ def _add_models(app: QuartTrio, gateway: Gateway) -> None:
 
     async def route() -> Response:
         visitor = _identify(gateway)
-        if gateway.doorkeeper.is_far:
+        if gateway.doorkeeper.admit(visitor, trio.current_time()) is None:
             await gateway.doorkeeper.admit_far(visitor)
-        else:
-            gateway.doorkeeper.admit(visitor, trio.current_time())
         data = await request.get_data(as_text=False)
         body = data if isinstance(data, bytes) else data.encode()
         named = request.headers.get(gateway.config.load_balancer.session_header, "")

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import attrs
 
+from citadel_gateway.policy.token_lease import TokenLease, length_of, units_ahead
+
 _NOW = 1e-6  # seconds: sums of floats are off by less, and nobody is turned away for that
 
 
@@ -22,12 +24,14 @@ class TokenBucket:
 
     :param tat: when it will be full again; where a store keeps the buckets, as last seen there.
     :param key: names it in a store.
+    :param lease: what was taken ahead of it, where a store keeps it.
     """
 
     rate: float
     burst: float
     tat: float = attrs.field(default=-math.inf, init=False)
     key: bytes = attrs.field(default=b"", init=False)
+    lease: TokenLease | None = attrs.field(default=None, init=False)
     _step: float = attrs.field(init=False)  # seconds that one unit takes to refill
     _depth: float = attrs.field(init=False)  # and the whole bucket
     _whole: int = attrs.field(init=False)  # units in a full one
@@ -58,7 +62,7 @@ class TokenBucket:
 
     def remaining(self, now: float) -> int:
         """Whole units that would fit now."""
-        tat, whole = self.tat, self._whole
+        tat, whole = self._unleased(), self._whole
         if tat <= now:
             return whole
         filled = int(self.burst - (tat - now - _NOW) * self.rate)
@@ -68,8 +72,12 @@ class TokenBucket:
 
     def allowance(self, now: float) -> Allowance:
         """What there is to tell about it."""
-        tat = self.tat
+        tat = self._unleased()
         return Allowance(self._whole, self.remaining(now), tat - now if tat > now else 0.0)
+
+    def spent(self, now: float) -> float:
+        """How much of the whole bucket is spent, from 0 to 1; below 0 if it is more than full."""
+        return (self._unleased() - now) / self._depth
 
     def is_full(self, now: float) -> bool:
         return self.tat <= now
@@ -82,14 +90,35 @@ class TokenBucket:
         """
         self.tat = min(max(self.tat, tat), now + self._depth)
 
+    def lease_out(self, wanted: int, now: float) -> int:
+        """Spend up to *wanted* units ahead, see :mod:`.token_lease`; returns how many."""
+        units = units_ahead(wanted, self.tat, now, self._step, self._depth) if wanted else 0
+        if units:
+            self.tat = max(self.tat, now + self.lease_length) + units * self._step
+        return units
+
+    @property
+    def lease_length(self) -> float:
+        """Seconds that a lease lasts."""
+        return length_of(self._depth)
+
+    def _unleased(self) -> float:
+        """When it will be full again if nothing of what was taken ahead is used."""
+        lease = self.lease
+        return self.tat if lease is None else self.tat - lease.left * self._step
+
 
 @attrs.frozen
 class Allowance:
-    """What the tightest bucket says after a request was let through."""
+    """What the tightest bucket says after a request was let through.
+
+    :param ahead: units that were taken ahead of each bucket, if any were asked for.
+    """
 
     limit: int
     remaining: int
     reset: float
+    ahead: Sequence[int] = ()
 
 
 @attrs.frozen
@@ -101,10 +130,13 @@ class Refusal:
     allowance: Allowance
 
 
-def take(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance | Refusal:
+def take(
+    buckets: Sequence[tuple[str, TokenBucket]], now: float, ahead: Sequence[int] = ()
+) -> Allowance | Refusal:
     """Spend one unit of every bucket, or of none: who is refused by one pays no other.
 
     :param buckets: the limits that apply, by name; at least one.
+    :param ahead: units of each bucket to lease besides.
     """
     longest = 0.0
     for name, bucket in buckets:
@@ -116,7 +148,18 @@ def take(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance | 
     for _, bucket in buckets:
         if (spent := bucket.spend(now)) > most:
             most, tightest = spent, bucket
-    return tightest.allowance(now)
+    allowance = tightest.allowance(now)
+    if ahead:
+        leased = [bucket.lease_out(n, now) for (_, bucket), n in zip(buckets, ahead, strict=True)]
+        return attrs.evolve(allowance, ahead=leased)
+    return allowance
+
+
+def tightest(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance:
+    """What the bucket says of which most is spent."""
+    if len(buckets) == 1:
+        return buckets[0][1].allowance(now)
+    return max((bucket for _, bucket in buckets), key=lambda b: b.spent(now)).allowance(now)
 
 
 def take_share(

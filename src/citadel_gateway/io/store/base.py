@@ -16,6 +16,7 @@ from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket
 from citadel_gateway.policy.shares import Grant, Need
 
 Buckets: TypeAlias = Sequence[tuple[str, TokenBucket]]
+Ahead: TypeAlias = Sequence[int]
 Grants: TypeAlias = "dict[str, Grant]"
 
 
@@ -36,13 +37,13 @@ class Store(Protocol):
     def now(self) -> float:
         """The store's time, in seconds; the same for everybody."""
 
-    def take_nowait(self, buckets: Buckets, /) -> Allowance | Refusal:
+    def take_nowait(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
         """Spend one unit of every bucket, or of none, in a store that is near.
 
-        Raises :class:`StoreUnavailable`.
+        See :func:`~citadel_gateway.policy.rate_limit.take`.  Raises :class:`StoreUnavailable`.
         """
 
-    async def take(self, buckets: Buckets, /) -> Allowance | Refusal:
+    async def take(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
         """The same wherever it is.  Raises :class:`StoreUnavailable`."""
 
     async def meet(self, statement: Statement) -> News:

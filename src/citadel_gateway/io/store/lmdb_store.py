@@ -25,7 +25,7 @@ import lmdb
 import orjson
 import trio
 
-from citadel_gateway.io.store.base import Buckets, Grants, StoreUnavailable
+from citadel_gateway.io.store.base import Ahead, Buckets, Grants, StoreUnavailable
 from citadel_gateway.policy.board import Board, News, Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, take
 from citadel_gateway.policy.shares import Cap, Need, Share
@@ -86,7 +86,7 @@ class LmdbStore:
             os.close(self._lock)
             self._lock = -1
 
-    def take_nowait(self, buckets: Buckets, /) -> Allowance | Refusal:
+    def take_nowait(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
         if self._map is None:
             raise StoreUnavailable("it is not open")
         self._acquire()  # as in `_turn`, which would cost as much again as all of this
@@ -96,7 +96,7 @@ class LmdbStore:
             for _, bucket in buckets:
                 if (known := txn.get(_BUCKET + bucket.key)) is not None:
                     bucket.learn(_TAT.unpack(known)[0], now)
-            result = take(buckets, now)
+            result = take(buckets, now, ahead)
             if type(result) is Refusal:
                 txn.abort()
                 return result
@@ -109,9 +109,9 @@ class LmdbStore:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
         return result
 
-    async def take(self, buckets: Buckets, /) -> Allowance | Refusal:
+    async def take(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
         await trio.lowlevel.checkpoint()
-        return self.take_nowait(buckets)
+        return self.take_nowait(buckets, ahead)
 
     async def meet(self, statement: Statement) -> News:
         await trio.lowlevel.checkpoint()

@@ -19,7 +19,8 @@ import trio
 
 from citadel_gateway.io.store.base import Buckets, Store, StoreUnavailable
 from citadel_gateway.policy.board import News, Statement
-from citadel_gateway.policy.rate_limit import Allowance, Refusal, take_share
+from citadel_gateway.policy.claim import Claim, spend_leased
+from citadel_gateway.policy.rate_limit import Allowance, Refusal, take_share, tightest
 
 _MOST_MISSES = 3  # in a row, one after the other, which may be chance
 
@@ -63,39 +64,46 @@ class Membership:
     _meeting: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _hurry: trio.Event = attrs.field(factory=trio.Event, init=False)
 
-    @property
-    def is_far(self) -> bool:
-        return self.store.is_far
-
     def now(self) -> float:
         """The store's time."""
         return self.store.now()
 
     # Limits.
 
-    def take_nowait(self, buckets: Buckets) -> Allowance | Refusal:
-        """Spend one unit of every bucket, or of none, where that takes no round trip."""
-        if not self.is_alone:
-            try:
-                result = self.store.take_nowait(buckets)
-            except StoreUnavailable as exc:
-                self._missed(str(exc))
-            else:
-                self._row = 0
-                return result
-        return self._take_share(buckets)
+    def take_nowait(self, buckets: Buckets) -> Allowance | Refusal | None:
+        """Spend one unit of every bucket, or of none; ``None`` if it takes :meth:`take`."""
+        now = trio.current_time()
+        if spend_leased(buckets, now):
+            return tightest(buckets, self.store.now())
+        if self.is_alone:
+            return self._take_share(buckets)
+        if self.store.is_far:
+            return None
+        claim = Claim.of(buckets, now)
+        try:
+            result = self.store.take_nowait(claim.asked, claim.ahead)
+        except StoreUnavailable as exc:
+            return self._take_without(claim, exc)
+        self._row = 0
+        return claim.settle(result, self.store.now())
 
     async def take(self, buckets: Buckets) -> Allowance | Refusal:
-        """The same over a round trip, or at once while it is alone."""
-        if not self.is_alone:
-            try:
-                result = await self.store.take(buckets)
-            except StoreUnavailable as exc:
-                self._missed(str(exc))
-            else:
-                self._row = 0
-                return result
-        return self._take_share(buckets)
+        """The same over a round trip, as :meth:`take_nowait` could not."""
+        claim = Claim.of(buckets, trio.current_time())
+        try:
+            result = await self.store.take(claim.asked, claim.ahead)
+        except StoreUnavailable as exc:
+            return self._take_without(claim, exc)
+        except BaseException:
+            claim.fail()
+            raise
+        self._row = 0
+        return claim.settle(result, self.store.now())
+
+    def _take_without(self, claim: Claim, why: StoreUnavailable) -> Allowance | Refusal:
+        claim.fail()
+        self._missed(str(why))
+        return self._take_share(claim.buckets)
 
     def _take_share(self, buckets: Buckets) -> Allowance | Refusal:
         self.misses += 1

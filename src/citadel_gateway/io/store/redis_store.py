@@ -1,9 +1,9 @@
 """The gateways of many hosts: Redis or Valkey, over coredis.
 
 What is decided is decided by scripts inside the server, by its clock.  Requests that come while
-another is on its way are sent together with the next one, so a request costs a round trip, and
-under load a part of one.  Nobody waits longer than he is patient; what he asked for may then
-have happened all the same.
+another is on its way are sent together with the next one, so a request that asks costs a round
+trip, and under load a part of one.  Nobody waits longer than he is patient; what he asked for may
+then have happened all the same.
 
 All keys have one hash tag, so that a script finds them on one node of a cluster.
 """
@@ -25,9 +25,9 @@ import trio
 from coredis.exceptions import NoScriptError, RedisError
 from coredis.retry import NoRetryPolicy
 
-from citadel_gateway.io.store.base import Buckets, Grants, StoreUnavailable
+from citadel_gateway.io.store.base import Ahead, Buckets, Grants, StoreUnavailable
 from citadel_gateway.policy.board import MOST_POSTS, News, Statement
-from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket
+from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket, tightest
 from citadel_gateway.policy.shares import GRACE, Grant, Need
 
 _PATIENCE = 1.0  # seconds for a batch, a meeting or a connection; then it is made anew
@@ -71,6 +71,7 @@ class _Asked:
     """Somebody waits to be let through."""
 
     buckets: Buckets
+    ahead: Ahead
     answered: trio.Event = attrs.field(factory=trio.Event)
     result: Allowance | Refusal | None = None
 
@@ -98,13 +99,13 @@ class RedisStore:
     def now(self) -> float:
         return self.clock() if self.clock is not None else time.monotonic() + self._ahead
 
-    def take_nowait(self, _buckets: Buckets, /) -> Allowance | Refusal:
+    def take_nowait(self, _buckets: Buckets, _ahead: Ahead = (), /) -> Allowance | Refusal:
         raise StoreUnavailable("it is too far away")
 
-    async def take(self, buckets: Buckets, /) -> Allowance | Refusal:
+    async def take(self, buckets: Buckets, ahead: Ahead = (), /) -> Allowance | Refusal:
         if self._client is None:
             raise StoreUnavailable("it is not connected")
-        asked = _Asked(buckets)
+        asked = _Asked(buckets, ahead or (0,) * len(buckets))
         self._asked.append(asked)
         self._work.set()
         with trio.move_on_after(self.patience):
@@ -184,9 +185,9 @@ class RedisStore:
         arguments: list[Any] = []
         for asked in batch:
             arguments.append(len(asked.buckets))
-            for _, bucket in asked.buckets:
+            for (_, bucket), ahead in zip(asked.buckets, asked.ahead, strict=True):
                 place = places.setdefault(bucket.key, len(places) + 1)
-                arguments += (place, *_numbers(bucket))
+                arguments += (place, *_numbers(bucket), ahead)
         keys = [self._key("bucket:") + key for key in places]
         try:
             told = iter(await self._run("take", keys, arguments))
@@ -233,12 +234,14 @@ def _numbers(bucket: TokenBucket) -> tuple[str, str, str]:
 def _result(buckets: Buckets, told: Any, now: float) -> Allowance | Refusal:
     """What the script's reply means for one request."""
     passed = next(told) == b"1"
+    ahead = []
     for _, bucket in buckets:
         bucket.learn(float(next(told)), now)
+        ahead.append(int(next(told)))
     if not passed:
         waits = [bucket.wait(now) for _, bucket in buckets]
         longest = waits.index(max(waits))
         name, bucket = buckets[longest]
         return Refusal(name, max(waits), bucket.allowance(now))
-    spent = [(bucket.tat - now) / (bucket.burst / bucket.rate) for _, bucket in buckets]
-    return buckets[spent.index(max(spent))][1].allowance(now)
+    allowance = tightest(buckets, now)
+    return attrs.evolve(allowance, ahead=ahead) if any(ahead) else allowance
