@@ -42,8 +42,7 @@ from citadel_gateway.app.session_news import SessionNews
 from citadel_gateway.app.tls_files import (
     TlsFiles,
     api_address,
-    names_tls_files,
-    read_tls_files,
+    load_tls_files,
     tls_settings,
 )
 from citadel_gateway.app.upkeep import RestTimers
@@ -524,9 +523,7 @@ class UnifiedAPIGatewayService:
             if self._background is None:
                 raise RuntimeError("the gateway is not open")
             base, kept = keep_what_is_fixed(self._base, as_schema(config))
-            tls = TlsFiles({}, None)
-            if names_tls_files(base):
-                tls = await trio.to_thread.run_sync(read_tls_files, base, abandon_on_cancel=True)
+            tls = await load_tls_files(base)
             self._follow_backends(base)
             try:
                 with trio.move_on_after(_FIRST_ROUND):
@@ -632,11 +629,7 @@ class UnifiedAPIGatewayService:
             wanted = self.discovery.lay_over(self._base).models
             if self._background is None or wanted.keys() == self.balancer.models.keys():
                 return
-            tls = TlsFiles({}, None)
-            if names_tls_files(self._base):
-                tls = await trio.to_thread.run_sync(
-                    read_tls_files, self._base, abandon_on_cancel=True
-                )
+            tls = await load_tls_files(self._base)
             await self._make_way(self._base, tls, self.generation.digest, joins=joins)
 
     def _about(self) -> dict[str, Any]:

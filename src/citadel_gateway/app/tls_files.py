@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 
 import attrs
+import trio
 
 from citadel_gateway.app.server import make_tls
 from citadel_gateway.config.loader import ConfigError
@@ -21,13 +22,14 @@ class TlsFiles:
     listener: ssl.SSLContext | None
 
 
-def names_tls_files(config: GatewayConfigSchema) -> bool:
-    """Whether there is anything to be read; also by default for ``https`` endpoints."""
-    return bool(config.service.tls_certfile or tls_settings(config))
+async def load_tls_files(config: GatewayConfigSchema) -> TlsFiles:
+    """In a thread, if there is anything to be read.  Raises ``ConfigError``."""
+    if not (config.service.tls_certfile or tls_settings(config)):
+        return TlsFiles({}, None)
+    return await trio.to_thread.run_sync(_read_tls_files, config, abandon_on_cancel=True)
 
 
-def read_tls_files(config: GatewayConfigSchema) -> TlsFiles:
-    """Raises ``ConfigError``."""
+def _read_tls_files(config: GatewayConfigSchema) -> TlsFiles:
     service = config.service
     try:
         listener = make_tls(api_address(config), service)

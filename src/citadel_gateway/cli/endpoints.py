@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -16,6 +16,11 @@ from citadel_gateway.cli.common import EXIT_FAILED, key_option
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MORE = 10.0  # seconds for the answer itself
+
+_within = click.option(
+    "--within", type=click.FloatRange(0, LONGEST_DRAIN), default=DRAIN, show_default=True,
+    help="Seconds to wait for its requests to end.",
+)  # fmt: skip
 
 
 def _order(command: F) -> F:
@@ -51,19 +56,14 @@ def uncordon(endpoint: str, model: str | None, url: str, key: str | None) -> Non
 
 
 @click.command()
-@click.option(
-    "--within", type=click.FloatRange(0, LONGEST_DRAIN), default=DRAIN, show_default=True,
-    help="Seconds to wait for its requests to end.",
-)  # fmt: skip
+@_within
 @_order
 def drain(endpoint: str, model: str | None, url: str, key: str | None, within: float) -> None:
     """Cordon ENDPOINT (its URL) and wait until it has no requests any more.
 
     Exits with 1 if it still has some; it stays cordoned then, too.
     """
-    report = _send("drain", endpoint, model, url, key, within=within)
-    _print(report)
-    sys.exit(0 if report["drained"] else EXIT_FAILED)
+    _tell(_send("drain", endpoint, model, url, key, within=within))
 
 
 @click.command()
@@ -82,19 +82,14 @@ def add(endpoint: str, model: str | None, url: str, key: str | None, **options: 
 
 
 @click.command()
-@click.option(
-    "--within", type=click.FloatRange(0, LONGEST_DRAIN), default=DRAIN, show_default=True,
-    help="Seconds to wait for its requests to end.",
-)  # fmt: skip
+@_within
 @_order
 def remove(endpoint: str, model: str | None, url: str, key: str | None, within: float) -> None:
     """Take back ENDPOINT (its URL), which was added, and wait until it has no requests any more.
 
     Exits with 1 if it still has some; it gets no others.
     """
-    report = _send("remove", endpoint, model, url, key, within=within)
-    _print(report)
-    sys.exit(0 if report["drained"] else EXIT_FAILED)
+    _tell(_send("remove", endpoint, model, url, key, within=within))
 
 
 def _send(
@@ -107,6 +102,12 @@ def _send(
         "POST", url, f"{ADMIN}/{what}", key, expects="endpoints", json=order,
         within=more.get("within", 0.0) + _MORE,
     )  # fmt: skip
+
+
+def _tell(report: dict[str, Any]) -> NoReturn:
+    """Whether its requests have ended is the exit code."""
+    _print(report)
+    sys.exit(0 if report["drained"] else EXIT_FAILED)
 
 
 def _print(report: dict[str, Any]) -> None:
