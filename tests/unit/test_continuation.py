@@ -343,6 +343,33 @@ def test_who_was_told_nothing_of_it_begins_anew() -> None:
     assert usage_of(seam, 11, 2) == Usage(11, 2)  # two tokens in one event
 
 
+def test_a_token_with_old_and_new_text_in_it_is_told_to_a_third_engine_once() -> None:
+    delivered = told("", delta(content="a"))
+    seam = replayed(delivered)
+    for text in ("a\n\n", "b ", "c"):
+        [chunk] = chunks_of(seam.join(delta(content=text)))
+        delivered.note(chunk)
+        seam.count(delivered)
+
+    assert (bytes(delivered.text), delivered.tokens) == (b"a\n\nb c", 3)
+    third = resume(chat(), delivered, Prefill.FLAGGED)
+    assert third is not None
+    assert usage_of(third.make_seam(), 11 + 3, 1) == Usage(11, 4)
+
+
+def test_who_says_it_anew_and_tells_how_much_it_was_is_believed() -> None:
+    delivered = told("", delta(content="\n"), delta(content="\n"))
+    anew = resume(chat(), delivered, Prefill.NONE)
+    assert anew is not None
+    seam = anew.make_seam()
+    usage = {"prompt_tokens": 11, "completion_tokens": 5}
+    [chunk] = chunks_of(seam.join({**delta(content="\n\na b c"), "usage": usage}))
+    delivered.note(chunk)
+    seam.count(delivered)
+
+    assert delivered.tokens == 5
+
+
 def test_whose_message_it_is_is_said_once() -> None:
     seam = Seam(told("", delta(content="a")), "", "", is_replay=False)
 

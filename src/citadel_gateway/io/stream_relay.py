@@ -173,6 +173,8 @@ class StreamRelay:
                 self._has_content = True
             if chunk is not None and reader.delivered is not None:
                 reader.delivered.note(chunk)
+                if self.seam is not None:
+                    self.seam.count(reader.delivered)
             self._held.append(event)
             self._held_bytes += len(event)
             self._held_events += not event.startswith(b":")  # pings while a long prompt is read

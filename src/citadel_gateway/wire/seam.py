@@ -47,6 +47,8 @@ class Seam:
     _tokens_before: int = attrs.field(init=False)
     _repeated: int = attrs.field(default=0, init=False)  # tokens, which are counted once already
     _is_level: bool = attrs.field(default=False, init=False)  # all of *text* was repeated
+    _speaks: bool = attrs.field(default=False, init=False)  # in this chunk
+    _tokens: int = attrs.field(default=0, init=False)  # of the second stream, old and new
     _has_role: bool = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -59,17 +61,29 @@ class Seam:
         Raises :class:`Diverged`.  *chunk* is changed.
         """
         self._take_identity(chunk)
-        says_something = False
+        says_something = self._speaks = False
         for choice in chunk.get("choices") or ():
             if isinstance(choice, dict) and self._join_choice(choice):
                 says_something = True
+        self._tokens += self._speaks
         if isinstance(usage := chunk.get("usage"), dict):
-            joined = self.usage(parse_usage(usage))
+            second = parse_usage(usage)
+            self._tokens = max(self._tokens, second.completion_tokens)
+            joined = self.usage(second)
             usage["prompt_tokens"] = joined.prompt_tokens
             usage["completion_tokens"] = joined.completion_tokens
             usage["total_tokens"] = joined.prompt_tokens + joined.completion_tokens
             says_something = says_something or not chunk.get("choices")
         return encode_event(orjson.dumps(chunk)) if says_something else b""
+
+    def count(self, delivered: Delivered) -> None:
+        """Correct the number of tokens in *delivered*, which has the chunk that was joined last.
+
+        Who says everything once more may put the end of the old and the beginning of the new into
+        one token; but his own count is true.
+        """
+        if self.is_replay or (self.is_anew and self._is_level):
+            delivered.tokens = max(self._tokens_before, self._tokens)
 
     def usage(self, second: Usage) -> Usage:
         """Of both streams together, as if the request had been answered by one.
@@ -130,6 +144,7 @@ class Seam:
         return says_something
 
     def _new_text(self, said: str) -> str:
+        self._speaks = True
         new = self._behind_what_was_said(said)
         self._repeated += not new
         return "" if self.is_mute else new
@@ -151,6 +166,7 @@ class Seam:
         return said[repeated:].removeprefix(" ")  # there is other white space in its place
 
     def _new_thought(self, said: str) -> str:
+        self._speaks = True
         left = len(self.thought) - self._thought_at
         if not left:
             return said
