@@ -288,8 +288,8 @@ async def death(count: int, cap: int, rounds: int = 8, seed: int = 1) -> Figures
 
 
 def _probes(gateway: Gateway) -> bool:
-    findings = gateway.service.findings
-    return findings is not None and findings.is_prober(gateway.endpoint)
+    peers = gateway.service.peers
+    return peers is not None and peers.findings.is_prober(gateway.endpoint)
 
 
 async def churn(

@@ -29,8 +29,10 @@ class Measured(Protocol):
     pool: ConnectionPool
     log: JsonLog
     draining: trio.Event
-    membership: Membership | None
     reloader: Reloader | None
+
+    @property
+    def membership(self) -> Membership | None: ...
 
     @property
     def generation(self) -> Generation: ...

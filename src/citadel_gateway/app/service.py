@@ -16,11 +16,9 @@ from typing import Any
 import trio
 
 from citadel_gateway.app.admin import MONITORING
-from citadel_gateway.app.caps import Caps
 from citadel_gateway.app.chronicle import Chronicle
 from citadel_gateway.app.cors import Cors
 from citadel_gateway.app.discovery import Discovery
-from citadel_gateway.app.findings import Findings
 from citadel_gateway.app.front import Front
 from citadel_gateway.app.gateway_orchestrator import GatewayOrchestrator
 from citadel_gateway.app.generation import Generation
@@ -28,27 +26,21 @@ from citadel_gateway.app.guard import Doorkeeper
 from citadel_gateway.app.host import Alone, Host
 from citadel_gateway.app.listeners import Listeners, say_unused
 from citadel_gateway.app.load_balancer import LoadBalancer
-from citadel_gateway.app.measure import all_upstreams, measure
+from citadel_gateway.app.measure import measure
 from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.overload import Overload, Sensors
-from citadel_gateway.app.presence import Presence
+from citadel_gateway.app.peers import Peers
 from citadel_gateway.app.relay import Receive, Relay, Send
 from citadel_gateway.app.reload import Reloader
 from citadel_gateway.app.reload_news import ReloadNews
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import PROBED, make_quart_app
 from citadel_gateway.app.server import Server
-from citadel_gateway.app.session_news import SessionNews
-from citadel_gateway.app.tls_files import (
-    TlsFiles,
-    api_address,
-    load_tls_files,
-    tls_settings,
-)
+from citadel_gateway.app.succession import Succession
+from citadel_gateway.app.tls_files import TlsFiles, api_address, tls_settings
 from citadel_gateway.app.upkeep import RestTimers
 from citadel_gateway.app.watch import Watch
 from citadel_gateway.config.flat import AnyConfig, as_schema
-from citadel_gateway.config.restart import keep_what_is_fixed
 from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.access_log import access_line
 from citadel_gateway.io.admission import Admission
@@ -161,41 +153,22 @@ class UnifiedAPIGatewayService:
             chance=self._rng.random,
         )
         self.overload.limit_to(config.performance)
-        self.membership = self._make_membership(config, workers, store)
-        self.findings: Findings | None = None
-        self.caps: Caps | None = None
-        self.presence: Presence | None = None
-        if self.membership is not None:
-            self.findings = Findings(
-                self.membership,
-                watch=lambda: self.watch,
-                on_transition=self._tell_of,
-                on_rest=self._rests.note,
-                on_room=self.admission.pump,
-            )
-            self.presence = Presence(self.membership, workers)
-            self.caps = Caps(
-                self.membership,
-                self.admission,
-                seats=lambda: self.config.performance.max_concurrent_requests,
-                endpoints=lambda: (u.endpoint for u in all_upstreams(self.balancer)),
-                name=self.findings.name,
-            )
+        self.peers = self._make_peers(config, workers, store)
         self._probe_client = make_probe_client(self.pool)
-        self._base = config  # without the models that only backends list
-        self._other_models = trio.Event()
-        self.catalogue = self.discovery.catalogue = Catalogue(self._probe_client)
-        self.catalogue.on_trouble = self._chronicle.backend_trouble
-        self.catalogue.on_change = self._note_listing
-        self._follow_backends(config)
-        self.generation = self._make_generation(config, file.digest if file else "", None)
-        if self.membership is not None and self.findings is not None:
-            SessionNews(
-                self.membership,
-                self.balancer.sessions,
-                endpoints=lambda: (u.endpoint for u in self.balancer.upstreams),
-                name=self.findings.name,
-            )
+        self.discovery.catalogue = Catalogue(self._probe_client)
+        self.discovery.catalogue.on_trouble = self._chronicle.backend_trouble
+        self._succession = Succession(
+            base=config,
+            digest=file.digest if file else "",
+            make=self._make_generation,
+            on_change=self._follow,
+            on_crash=self._chronicle.background_crash,
+            discovery=self.discovery,
+            catalogue=self.discovery.catalogue,
+            log=self.log,
+        )
+        if self.peers is not None:
+            self.peers.tell_sessions()
         self.operations = Operations(
             lambda: self.balancer,
             self._rests.note,
@@ -203,10 +176,6 @@ class UnifiedAPIGatewayService:
             self._chronicle.order,
         )
         self.host: Host = Alone(self.metrics, self.operations)
-        self.generations = [self.generation]  # those that have requests, the current one last
-        self._adopting = trio.Lock()
-        self._coming: Generation | None = None  # which is about to be the current one
-        self._background: trio.Nursery | None = None
         self.reloader: Reloader | None = None
         if file is not None:
             self.reloader = Reloader(
@@ -233,7 +202,7 @@ class UnifiedAPIGatewayService:
             rng=self._rng,
             discovery=self.discovery,
             previous=None if previous is None else previous.balancer,
-            share=None if self.caps is None else 0,
+            share=None if self.peers is None else 0,
             on_room=self._rests.note,
         )
         balancer.on_panic = self._chronicle.panic
@@ -260,7 +229,7 @@ class UnifiedAPIGatewayService:
                 on_flip=self._note_flip,
                 on_arrival=self._chronicle.arrival,
                 on_crash=self._chronicle.background_crash,
-                sharing=self.findings,
+                sharing=None if self.peers is None else self.peers.findings,
             ),
             doorkeeper=doorkeeper,
             orchestrator=orchestrator,
@@ -279,6 +248,19 @@ class UnifiedAPIGatewayService:
         )
 
     # What is in use right now.
+
+    @property
+    def generation(self) -> Generation:
+        return self._succession.current
+
+    @property
+    def generations(self) -> Sequence[Generation]:
+        """Those that have requests."""
+        return self._succession.living
+
+    @property
+    def membership(self) -> Membership | None:
+        return None if self.peers is None else self.peers.membership
 
     @property
     def config(self) -> GatewayConfigSchema:
@@ -332,28 +314,24 @@ class UnifiedAPIGatewayService:
         """
         self._now = trio.current_time
         async with trio.open_nursery() as background:
-            if self.membership is not None:
-                await background.start(self.membership.store.run)
+            if self.peers is not None:
+                await background.start(self.peers.membership.store.run)
             for name, task in self._background_tasks().items():
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._chronicle.background_crash)
                 )
             with trio.move_on_after(_FIRST_ROUND):
-                await self.catalogue.look()
+                await self._succession.catalogue.look()
             await self.watch.look_once(_FIRST_ROUND)
-            if self.caps is not None:
-                await self.caps.begun.wait()
-            background.start_soon(self._run_generation, self.generation)
-            self._background = background
+            if self.peers is not None:
+                await self.peers.caps.begun.wait()
             try:
-                await self._take_in_models(joins=False)
+                await self._succession.begin(background)
                 yield
             finally:
-                self._background = None
-                with trio.move_on_after(1.0, shield=True):
-                    if self.membership is not None and self.caps is not None:
-                        await self.membership.leave()
-                        await self.caps.leave()
+                self._succession.end()
+                if self.peers is not None:
+                    await self.peers.leave()
                 background.cancel_scope.cancel()  # first: a probe under way is not to fail
                 with trio.CancelScope(shield=True):  # closing sockets waits for nobody
                     await self.pool.aclose()
@@ -519,48 +497,15 @@ class UnifiedAPIGatewayService:
 
         :param digest: SHA-256 of the file that it came from.
         """
-        async with self._adopting:
-            if self._background is None:
-                raise RuntimeError("the gateway is not open")
-            base, kept = keep_what_is_fixed(self._base, as_schema(config))
-            tls = await load_tls_files(base)
-            self._follow_backends(base)
-            try:
-                with trio.move_on_after(_FIRST_ROUND):
-                    await self.catalogue.look_at_new()
-                await self._make_way(base, tls, digest)
-            finally:
-                self._follow_backends(self._base)
-            for what in kept:
-                self.log.event(logging.WARNING, "needs a restart", problem=what)
+        await self._succession.adopt(as_schema(config), digest)
 
-    async def _make_way(
-        self, base: GatewayConfigSchema, tls: TlsFiles, digest: str, *, joins: bool = True
-    ) -> None:
-        """Let the next generation be the current one, once what is new in it has been probed."""
-        previous = self.generation
-        wanted = self.discovery.lay_over(base)
-        generation = self._make_generation(wanted, digest, previous)
-        if base is self._base:  # it is the models of the backends that are others
-            generation.number, generation.since = previous.number, previous.since
-        self._coming = generation
-        try:
-            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND, joins=joins)
-            self._succeed(generation, previous, tls)
-            self._base = base
-        finally:
-            self._coming = None
-
-    def _succeed(self, generation: Generation, previous: Generation, tls: TlsFiles) -> None:
-        """Let *generation* be the current one.  Waits for nobody."""
-        config = generation.config
-        before = {u.endpoint.url for u in previous.balancer.upstreams}
-        generation.take_over(previous, self._now())
-        waitroom = self.admission.waitroom
-        if self.caps is None:
+    def _follow(self, generation: Generation, previous: Generation, tls: TlsFiles) -> None:
+        """Another generation is the current one: so is what else is made from its configuration."""
+        config, waitroom = generation.config, self.admission.waitroom
+        if self.peers is None:
             waitroom.seats = config.performance.max_concurrent_requests
         else:
-            self.caps.hurry()
+            self.peers.caps.hurry()
         waitroom.patience = config.load_balancer.queue_timeout
         waitroom.resize(config.load_balancer.queue_size, config.load_balancer.lower_priority_share)
         self.resolver.ttl = self.discovery.services.ttl = config.load_balancer.dns_ttl
@@ -570,83 +515,22 @@ class UnifiedAPIGatewayService:
             self._dialer.renew(tls.upstream)
         if self._listeners is not None:
             self._listeners.renew(config.service, tls.listener)
-        self.generation = self.app.generation = generation
+        self.app.generation = generation
         if _seen_by_quart(config) != _seen_by_quart(previous.config):
             self._quart = self.app.quart = make_quart_app(self)
-        self.generations.append(generation)
-        if self._background is not None:
-            self._background.start_soon(self._run_generation, generation)
-        previous.retire()
         self._rests.note()  # other breakers; and those who wait are called, as there is room
-        after = {u.endpoint.url for u in generation.balancer.upstreams}
-        is_same = generation.number == previous.number
-        self.log.event(
-            logging.INFO,
-            "models" if is_same else "configuration",
-            generation=generation.number,
-            sha256=generation.digest or None,
-            added=sorted(after - before),
-            removed=sorted(before - after),
-        )
         self._chronicle.trust(config)
-
-    async def _run_generation(self, generation: Generation) -> None:
-        await generation.run(self._chronicle.background_crash)
-        self.generations.remove(generation)
-        generation.dissolve(self.generations)
-        used = [g.balancer for g in (*self.generations, self._coming) if g is not None]
-        self.discovery.forget_others(
-            ((m.id, m.config) for balancer in used for m in balancer.models.values()),
-            {host for balancer in used for host in balancer.hosts},
-        )
-
-    def _follow_backends(self, config: GatewayConfigSchema) -> None:
-        self.catalogue.every = config.load_balancer.models_interval
-        self.catalogue.within = config.load_balancer.health_check_timeout
-        self.catalogue.follow(config.backends)
-
-    def _note_listing(self, url: str) -> None:
-        self.watch.note_change(url)
-        self._other_models.set()
-
-    async def _watch_models(self) -> None:
-        """Have the models that backends list, for ever."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.catalogue.run)
-            while True:
-                await self._other_models.wait()
-                self._other_models = trio.Event()
-                await self._take_in_models()
-
-    async def _take_in_models(self, *, joins: bool = True) -> None:
-        """Serve the models that backends list now, and no others but the configured ones.
-
-        That is done as for another configuration, so that requests end with what they began with.
-
-        :param joins: the endpoints of new models start slowly.
-        """
-        async with self._adopting:
-            wanted = self.discovery.lay_over(self._base).models
-            if self._background is None or wanted.keys() == self.balancer.models.keys():
-                return
-            tls = await load_tls_files(self._base)
-            await self._make_way(self._base, tls, self.generation.digest, joins=joins)
 
     def _about(self) -> dict[str, Any]:
         """What ``/models/status`` says of the gateway itself."""
         about = {"configuration": self._configuration()}
-        return about if self.presence is None else {**about, "hosts": self.presence.report()}
+        return about if self.peers is None else {**about, "hosts": self.peers.presence.report()}
 
     def _configuration(self) -> dict[str, Any]:
-        generation = self.generation
         refusal = self.reloader.refusal if self.reloader is not None else None
-        return {
-            "generation": generation.number,
-            "since": _utc(generation.since),
-            "sha256": generation.digest or None,
-            "older_in_use": len(self.generations) - 1,
-            "refused": None if refusal is None else refusal.report(),
-        }
+        said = self._succession.report()
+        said["since"] = _utc(said["since"])
+        return {**said, "refused": None if refusal is None else refusal.report()}
 
     # In the background.
 
@@ -655,7 +539,7 @@ class UnifiedAPIGatewayService:
             "upkeep": self._run_upkeep,
             "rest timers": self._rests.run,
             "names": self.resolver.run,
-            "models of backends": self._watch_models,
+            "models of backends": self._succession.watch_models,
             "services": self.discovery.services.run,
             "endpoint files": self.discovery.files.run,
             "log": self.log.flush_for_ever,
@@ -665,10 +549,8 @@ class UnifiedAPIGatewayService:
         }
         if self.reloader is not None:
             tasks["reload"] = self.reloader.run
-        if self.membership is not None and self.caps is not None and self.presence is not None:
-            tasks["store"] = self.membership.run
-            tasks["caps"] = self.caps.run
-            tasks["presence"] = self.presence.run
+        if self.peers is not None:
+            tasks |= self.peers.tasks()
         return tasks
 
     async def _run_upkeep(self) -> None:
@@ -713,14 +595,14 @@ class UnifiedAPIGatewayService:
 
     def _note_transition(self, endpoint: Endpoint, transition: Transition) -> None:
         """A breaker has changed through what happened here; others who share it are told, too."""
-        if self.findings is not None:
-            self.findings.changed(endpoint, transition)
+        if self.peers is not None:
+            self.peers.findings.changed(endpoint, transition)
         self._tell_of(endpoint, transition)
 
     def _note_cool_down(self, endpoint: Endpoint) -> None:
         self._rests.note()
-        if self.findings is not None:
-            self.findings.cooled(endpoint)
+        if self.peers is not None:
+            self.peers.findings.cooled(endpoint)
 
     def _tell_of(self, endpoint: Endpoint, transition: Transition) -> None:
         self._rests.note()
@@ -742,14 +624,24 @@ class UnifiedAPIGatewayService:
 
     # What it is made of.
 
-    def _make_membership(
+    def _make_peers(
         self, config: GatewayConfigSchema, workers: int, store: Store | None
-    ) -> Membership | None:
+    ) -> Peers | None:
         store = store or make_store(config, workers, os.environ)
         if store is None:
             return None
-        return Membership(
+        membership = Membership(
             store, config.store.lease, config.store.timeout, workers, self._chronicle.store
+        )
+        return Peers(
+            membership=membership,
+            admission=self.admission,
+            workers=workers,
+            balancer=lambda: self.balancer,
+            watch=lambda: self.watch,
+            seats=lambda: self.config.performance.max_concurrent_requests,
+            on_transition=self._tell_of,
+            on_rest=self._rests.note,
         )
 
     def _make_pool(self, connect: Connect | None) -> ConnectionPool:
