@@ -842,14 +842,20 @@ def _model(run: Run, job: Job) -> str:
 
 
 def _stages(jobs: list[Job]) -> list[list[Job]]:
-    """Attempts at the same thing: who has said more than all before him was the last at it."""
+    """Attempts at the same thing: who has said more than all before him was the last at it.
+
+    But for a hedge, which was begun beside him.
+    """
     stages: list[list[Job]] = [[]]
-    furthest = ""
+    furthest, last_at_it = "", -math.inf  # until when
     for job in jobs:
+        if job.began < last_at_it:
+            stages[-2].append(job)
+            continue
         stages[-1].append(job)
         reached = job.answer.given + job.said
         if len(reached) > len(furthest) and reached.startswith(furthest):
-            furthest = reached
+            furthest, last_at_it = reached, _over(job)
             stages.append([])
     return stages
 
