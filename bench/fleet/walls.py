@@ -23,7 +23,8 @@ from bench.processes import cpu_seconds
 from bench.store import start_redis
 from citadel_gateway.io.store.base import StoreUnavailable
 from citadel_gateway.io.store.lmdb_store import LmdbStore
-from citadel_gateway.io.store.redis_store import RedisAddress, RedisStore
+from citadel_gateway.io.store.redis_address import RedisAddress
+from citadel_gateway.io.store.redis_store import RedisStore
 from citadel_gateway.policy.board import Statement
 from citadel_gateway.policy.rate_limit import TokenBucket
 from citadel_gateway.policy.shares import Need

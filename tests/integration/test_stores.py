@@ -1,10 +1,9 @@
-"""What every store has to do, asked of each: the policies alone, LMDB, and a real Redis."""
+"""What every store has to do, asked of each: the policies alone, LMDB, and real Redis servers."""
 
 from __future__ import annotations
 
 import gc
 import random
-import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -20,13 +19,15 @@ import trustme
 from citadel_gateway.io.store import redis_store
 from citadel_gateway.io.store.base import Store, StoreUnavailable
 from citadel_gateway.io.store.lmdb_store import LmdbStore
-from citadel_gateway.io.store.redis_store import RedisAddress, RedisStore
+from citadel_gateway.io.store.redis_address import RedisAddress
+from citadel_gateway.io.store.redis_store import RedisStore
 from citadel_gateway.policy import board
 from citadel_gateway.policy.board import Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket
 from citadel_gateway.policy.shares import GRACE, Grant, Need
 from tests.support.memory_store import Memory, MemoryStore
-from tests.support.redis_server import RedisServer, running_redis
+from tests.support.redis_groups import Cluster, Watched, cluster, watched
+from tests.support.redis_server import RedisServer, free_port, running_redis
 
 LEASE = 3.0
 _PATIENCE = 5.0  # seconds, on a machine that may be busy
@@ -51,6 +52,18 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    with watched(tmp_path_factory.mktemp("group")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("cluster")) as servers:
+        yield servers
+
+
 @asynccontextmanager
 async def opened(store: Any) -> AsyncIterator[Store]:
     async with trio.open_nursery() as nursery:
@@ -72,7 +85,7 @@ async def connected(store: Store) -> None:
                 return
 
 
-@pytest.fixture(params=["memory", "lmdb", "redis"])
+@pytest.fixture(params=["memory", "lmdb", "redis", "sentinel", "cluster"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Opening:
     """Makes stores that are one: every call is another member's."""
     match request.param:
@@ -81,6 +94,14 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Opening:
             return lambda clock: opened(MemoryStore(memory, clock))
         case "lmdb":
             return partial(_lmdb_store, tmp_path, [])
+        case "sentinel":
+            group = request.getfixturevalue("group")
+            group.primary.command("FLUSHALL")
+            return partial(_redis_store, RedisAddress(url=group.url))
+        case "cluster":
+            nodes = request.getfixturevalue("nodes")
+            nodes.owner("{test}:").command("FLUSHALL")
+            return partial(_redis_store, RedisAddress(url=nodes.url))
         case _:
             redis = request.getfixturevalue("redis")
             redis.command("FLUSHALL")
@@ -456,9 +477,7 @@ async def test_redis_is_reached_over_tls_and_its_certificate_is_verified(tmp_pat
     issued.cert_chain_pems[0].write_to_path(cert)
     issued.private_key_pem.write_to_path(key)
     authority.cert_pem.write_to_path(ca)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     options = ("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(ca),
                "--tls-cert-file", str(cert), "--tls-key-file", str(key))  # fmt: skip
     url = f"rediss://localhost:{port}"

@@ -22,11 +22,13 @@ class RedisServer:
     """A program that runs.
 
     :param arguments: further options of ``redis-server``.
+    :param config: text of a file of options, which the server may write to.
     """
 
     folder: Path
     port: int
     arguments: tuple[str, ...] = ()
+    config: str | None = None
     _process: subprocess.Popen[bytes] | None = attrs.field(default=None, init=False)
 
     @property
@@ -35,11 +37,17 @@ class RedisServer:
 
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        if self.config is None:
+            options += ["--save", ""]
+        else:
+            file = self.folder / "redis.conf"
+            if not file.exists():
+                file.write_text(self.config)
+            options.insert(0, str(file))
         self._process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-             "--dir", str(self.folder), *self.arguments],
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            ["redis-server", *options, *self.arguments], stdout=subprocess.DEVNULL
+        )
         until = time.monotonic() + _STARTS
         while not self._answers():
             assert self._process.poll() is None, "redis-server ended"
@@ -78,16 +86,22 @@ class RedisServer:
 
 
 @contextmanager
-def running_redis(folder: Path, *arguments: str) -> Iterator[RedisServer]:
+def running_redis(
+    folder: Path, *arguments: str, config: str | None = None
+) -> Iterator[RedisServer]:
     """A server that answers; the test is skipped where there is no such program."""
     if shutil.which("redis-server") is None:
         pytest.skip("there is no redis-server; `make tools` installs it")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    server = RedisServer(folder, port, arguments)
+    server = RedisServer(folder, free_port(), arguments, config)
     server.start()
     try:
         yield server
     finally:
         server.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port

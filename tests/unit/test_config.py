@@ -764,6 +764,20 @@ def test_a_wrong_value_does_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
         ({"kind": "redis", "url": "redis://u:p@a"}, "store.url"),
         ({"kind": "redis", "url": "http://a"}, "store.url"),
         ({"kind": "redis", "url": "redis://a/b"}, "store.url"),
+        ({"kind": "redis", "url": "redis://a,b"}, "redis+sentinel:// or redis+cluster://"),
+        ({"kind": "redis", "url": "redis://a:0"}, "no valid port behind a"),
+        ({"kind": "redis", "url": "redis+sentinel://a,b"}, "no name of a service"),
+        ({"kind": "redis", "url": "redis+sentinel://a,,b/main"}, "store.url"),
+        ({"kind": "redis", "url": "redis+cluster://a/1"}, "a cluster has one database"),
+        ({"kind": "redis", "url": "redis+ring://a"}, "store.url"),
+        (
+            {"kind": "redis", "url": "redis://a", "sentinel_password": "x"},
+            "store.sentinel_password",
+        ),
+        (
+            {"kind": "redis", "url": "redis+cluster://a", "tls": {"insecure_skip_verify": True}},
+            "store.tls",
+        ),
         ({"kind": "redis", "url": "redis://a", "path": "/x"}, "store.path"),
         ({"kind": "redis", "url": "redis://a", "tls": {"insecure_skip_verify": True}}, "store.tls"),
         ({"kind": "lmdb", "password": "x"}, "store.password"),
@@ -777,6 +791,18 @@ def test_a_store_that_cannot_be_is_refused_by_its_path(store: Any, problem: str)
         parse({"models": {"m": {"endpoint": "http://a"}}, "store": store})
 
     assert [problem in line for line in caught.value.problems] == [True]
+
+
+def test_the_password_of_a_store_is_not_shown_when_its_url_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(
+            {
+                "models": {"m": {"endpoint": "http://a"}},
+                "store": {"kind": "redis", "url": "redis+sentinel://user:hush@a/main"},
+            }
+        )
+
+    assert "hush" not in str(caught.value)
 
 
 def test_with_a_store_there_must_be_a_queue() -> None:

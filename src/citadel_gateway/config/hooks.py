@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from citadel_gateway.config import values as v
 from citadel_gateway.config.problems import cut, show, suggestion
+from citadel_gateway.config.store_url import parse_store_url
 
 Hook = Callable[[Any, Any], Any]
 
@@ -133,21 +134,10 @@ def _unix_url(raw: str) -> str:
 def _store_url(raw: Any, _: Any) -> str:
     if not isinstance(raw, str):
         raise TypeError(f"{show(raw)} is not a URL")
-    if "@" in raw:
-        raise ValueError("has an '@': credentials belong in username and password, not in the URL")
-    if raw.startswith("unix:"):
-        if not re.fullmatch(r"unix:(/[^/\s]+)+", raw):
-            raise ValueError(f"{show(raw)} has no absolute path of a socket")
-        return raw
     try:
-        parts = urlsplit(raw)
-        host, port = parts.hostname or "", parts.port
+        parse_store_url(raw)
     except ValueError as exc:
-        raise ValueError(f"{show(raw)} is not a URL: {exc}") from None
-    if parts.scheme not in ("redis", "rediss") or not _HOST.fullmatch(host) or port == 0:
-        raise ValueError(f"{show(raw)} is not like redis://host:6379, rediss://host or unix:/path")
-    if not re.fullmatch(r"(/[0-9]{0,5})?", parts.path) or parts.query or parts.fragment:
-        raise ValueError(f"{show(raw)} has more than the number of a database behind the host")
+        raise ValueError(f"{'' if '@' in raw else show(raw) + ' '}{exc}") from None
     return raw
 
 

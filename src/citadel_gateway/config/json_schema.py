@@ -38,7 +38,10 @@ _VALUES: Mapping[Any, Schema] = {
         "type": "string",
         "pattern": "^(https?://[^@?#\\s]+|unix:/[^?#\\s]+|http\\+unix://%2[Ff][^?#\\s]+)$",
     },
-    v.StoreUrl: {"type": "string", "pattern": "^(rediss?://[^@?#\\s]+|unix:/\\S+)$"},
+    v.StoreUrl: {
+        "type": "string",
+        "pattern": "^(rediss?(\\+(sentinel|cluster))?://[^@?#\\s]+|unix:/\\S+)$",
+    },
     v.KeyPrefix: {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
     v.HeaderName: {"type": "string", "pattern": "^[Xx]-[A-Za-z0-9-]{1,62}$"},
     v.UrlPath: {"type": "string", "pattern": "^(/[A-Za-z0-9._~-]+)+$"},

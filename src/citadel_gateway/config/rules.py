@@ -16,6 +16,7 @@ from citadel_gateway.config.schema import (
     StoreConfig,
     TlsConfig,
 )
+from citadel_gateway.config.store_url import Topology, parse_store_url
 from citadel_gateway.config.values import Count, Resolve, RetryAmbiguous, StoreKind, Url
 
 AUTO = "auto"
@@ -196,16 +197,21 @@ def _key_rules(config: GatewayConfigSchema) -> Iterator[Problem]:
 
 def _store_rules(store: StoreConfig) -> Iterator[Problem]:
     is_redis = store.kind is StoreKind.REDIS
-    if is_redis and store.url is None:
+    place = None if store.url is None else parse_store_url(store.url)
+    if is_redis and place is None:
         yield Problem(("store", "url"), "is required with kind: redis")
     for name in ("url", "username", "password"):
         if getattr(store, name) is not None and not is_redis:
             yield Problem(("store", name), "needs kind: redis")
+    for name in ("sentinel_username", "sentinel_password"):
+        is_watched = place is not None and place.topology is Topology.SENTINEL
+        if getattr(store, name) is not None and not is_watched:
+            yield Problem(("store", name), "needs a URL that begins with redis+sentinel://")
     if store.path is not None and store.kind not in (StoreKind.AUTO, StoreKind.LMDB):
         yield Problem(("store", "path"), "needs kind: lmdb")
     if store.tls != TlsConfig():
-        if store.url is None or not store.url.startswith("rediss:"):
-            yield Problem(("store", "tls"), "needs a URL that begins with rediss://")
+        if place is None or not place.uses_tls:
+            yield Problem(("store", "tls"), "needs a URL that begins with rediss")
         if store.tls.server_name is not None:
             yield Problem(("store", "tls", "server_name"), "redis is asked for by the URL's host")
         yield from _file_rules(("store", "tls"), store.tls)

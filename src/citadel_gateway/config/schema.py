@@ -402,9 +402,15 @@ class StoreConfig:
         "auto: memory for one worker, lmdb for the workers of one host; redis for many hosts.",
     )
     path: str | None = option(None, "Folder of lmdb; default: one in the runtime folder.")
-    url: StoreUrl | None = option(None, "Redis or Valkey: redis://..., rediss://..., unix:/...")
+    url: StoreUrl | None = option(
+        None,
+        "Redis or Valkey: redis://host:6379/0, redis+sentinel://host1,host2/service, "
+        "redis+cluster://host1,host2; rediss... for TLS; or unix:/path.",
+    )
     username: str | None = option(None, "User of redis; default: the server's default user.")
     password: Secret | None = secret("Password of redis.")
+    sentinel_username: str | None = option(None, "User of the sentinels, if they ask for one.")
+    sentinel_password: Secret | None = secret("Password of the sentinels, if they ask for one.")
     tls: TlsConfig = option(TlsConfig(), "How to speak TLS to redis, for rediss://.")
     prefix: KeyPrefix = option(
         KeyPrefix("citadel"), "Keys of redis begin with it: gateways with the same one are one."

@@ -43,7 +43,7 @@ Without credentials, query or fragment.
 """
 
 StoreUrl = NewType("StoreUrl", str)
-"""``redis://host[:port][/db]``, ``rediss://host[:port][/db]``, or ``unix:/path/of.sock``."""
+"""See :func:`citadel_gateway.config.store_url.parse_store_url`."""
 
 KeyPrefix = NewType("KeyPrefix", str)
 """1 to 64 letters, digits, and any of ``._:-``."""

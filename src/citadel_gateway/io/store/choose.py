@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from citadel_gateway.config.schema import GatewayConfigSchema
+from citadel_gateway.config.store_url import parse_store_url
 from citadel_gateway.config.values import StoreKind
 from citadel_gateway.io.store.base import Store
 
@@ -23,14 +24,17 @@ def make_store(
     match wanted.kind:
         case StoreKind.REDIS if wanted.url is not None:
             from citadel_gateway.io.dial import make_tls_context
-            from citadel_gateway.io.store.redis_store import RedisAddress, RedisStore
+            from citadel_gateway.io.store.redis_address import RedisAddress
+            from citadel_gateway.io.store.redis_store import RedisStore
 
-            is_tls = wanted.url.startswith("rediss:")
+            uses_tls = parse_store_url(wanted.url).uses_tls
             address = RedisAddress(
                 url=wanted.url,
                 username=wanted.username,
                 password=wanted.password,
-                tls=make_tls_context(wanted.tls) if is_tls else None,
+                sentinel_username=wanted.sentinel_username,
+                sentinel_password=wanted.sentinel_password,
+                tls=make_tls_context(wanted.tls) if uses_tls else None,
             )
             return RedisStore(address, wanted.prefix, wanted.timeout)
         case StoreKind.AUTO if workers == 1:

@@ -5,65 +5,35 @@ another is on its way are sent together with the next one, so a request that ask
 trip, and under load a part of one.  Nobody waits longer than he is patient; what he asked for may
 then have happened all the same.
 
-All keys have one hash tag, so that a script finds them on one node of a cluster.
+All keys have one hash tag, so that one node of a cluster has them all.  Whatever a server says
+other than what it was asked for (that it is a replica, that a slot has moved) or does not say in
+time is a reason to look anew for the one that has the keys.  Nothing is sent a second time, as it
+may have been done the first time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import attrs
 import coredis
 import orjson
 import trio
 from coredis.exceptions import NoScriptError, RedisError
-from coredis.retry import NoRetryPolicy
 
 from citadel_gateway.io.store.base import Ahead, Buckets, Grants, StoreUnavailable
+from citadel_gateway.io.store.redis_address import RedisAddress
 from citadel_gateway.policy.board import MOST_POSTS, News, Statement
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, TokenBucket, tightest
 from citadel_gateway.policy.shares import GRACE, Grant, Need
 
-_PATIENCE = 1.0  # seconds for a batch, a meeting or a connection; then it is made anew
+_PATIENCE = 1.0  # seconds for a batch or a meeting; then the connection is made anew
 _MOST = 256  # requests in a batch
 _PAUSE = 0.25  # between two attempts to connect
-
-
-@attrs.frozen(kw_only=True)
-class RedisAddress:
-    """Where the server is.
-
-    :param url: ``redis://host[:port][/db]``, ``rediss://...`` or ``unix:/path``.
-    :param tls: for ``rediss``.
-    """
-
-    url: str
-    username: str | None = None
-    password: str | None = attrs.field(default=None, repr=False)
-    tls: ssl.SSLContext | None = None
-
-    def client(self) -> coredis.Redis[bytes]:
-        parts = urlsplit(self.url)
-        where: dict[str, Any] = {"unix_socket_path": parts.path}
-        if parts.scheme != "unix":
-            db = int(parts.path.strip("/") or 0)
-            where = {"host": parts.hostname, "port": parts.port or 6379, "db": db}
-        return coredis.Redis(
-            **where,
-            username=self.username,
-            password=self.password,
-            ssl_context=self.tls if parts.scheme == "rediss" else None,
-            connect_timeout=_PATIENCE,
-            stream_timeout=_PATIENCE,
-            max_connections=2,
-            retry_policy=NoRetryPolicy(),  # a request is not charged twice
-        )
 
 
 @attrs.define(eq=False)
@@ -95,6 +65,7 @@ class RedisStore:
     _ahead: float = attrs.field(default=0.0, init=False)  # the server's clock, of ours
     _asked: list[_Asked] = attrs.field(factory=list, init=False)
     _work: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _is_lost: bool = attrs.field(default=False, init=False)  # the server, or its way of answering
 
     def now(self) -> float:
         return self.clock() if self.clock is not None else time.monotonic() + self._ahead
@@ -150,17 +121,17 @@ class RedisStore:
         self._load_scripts()
         while True:
             try:
-                async with self.address.client() as client:
-                    with trio.fail_after(_PATIENCE):
-                        await client.ping()
-                    self._client = client
+                async with self.address.connect(self._key("")) as client:
+                    self._client, self._is_lost = client, False
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
-                    await self._serve()
+                    try:
+                        await self._serve()
+                    finally:
+                        self._client = None  # before it is closed
             except* (RedisError, OSError, trio.TooSlowError, StoreUnavailable):
                 pass  # whoever asks is told so
             finally:
-                self._client = None
                 self._give_up()
             task_status.started()
             task_status = trio.TASK_STATUS_IGNORED
@@ -171,6 +142,8 @@ class RedisStore:
         while True:
             await self._work.wait()
             self._work = trio.Event()
+            if self._is_lost:
+                raise StoreUnavailable("it has to be looked for")
             while self._asked:
                 batch, self._asked = self._asked[:_MOST], self._asked[_MOST:]
                 await self._ask_for(batch)
@@ -214,7 +187,14 @@ class RedisStore:
                     told: Any = await client.evalsha(sha, keys=keys, args=given)
                 except NoScriptError:
                     told = await client.eval(text, keys=keys, args=given)
+        except RuntimeError as exc:
+            if self._client is client:
+                raise
+            raise StoreUnavailable("the connection was closed meanwhile") from exc
         except (RedisError, OSError, trio.TooSlowError) as exc:
+            if self._client is client:
+                self._is_lost = True
+                self._work.set()
             raise StoreUnavailable(str(exc) or type(exc).__name__) from exc
         self._ahead = float(told[0]) - time.monotonic()
         rest: list[Any] = told[1:]
