@@ -18,6 +18,7 @@ import trio
 
 _MOST_PENDING = 4 * 2**20  # bytes; beyond it lines are dropped and counted
 _EVERY = 0.1
+_SELDOM = 0.5  # when there was nothing to write: waking up costs more than looking
 _LAST_LINES = 1.0  # seconds
 _LEVELS = {level: name.lower() for name, level in logging.getLevelNamesMapping().items()}
 _SECRETS = re.compile(r"sk-[A-Za-z0-9_-]{6,}|[Bb]earer\s+\S+")
@@ -60,14 +61,19 @@ class JsonLog:
             self.write({"level": name, "event": event, **fields})
 
     async def flush_for_ever(self) -> NoReturn:
+        has_written = False
         while True:
-            await trio.sleep(_EVERY)
-            await self.flush()
+            await trio.sleep(_EVERY if has_written else _SELDOM)
+            has_written = await self.flush()
 
-    async def flush(self) -> None:
-        """Write what is pending, from a thread that nobody waits for while stopping."""
+    async def flush(self) -> bool:
+        """Write what is pending, from a thread that nobody waits for while stopping.
+
+        Returns whether there was anything.
+        """
         if lines := self._take():
             await trio.to_thread.run_sync(self._write_out, lines, abandon_on_cancel=True)
+        return bool(lines)
 
     def flush_now(self) -> None:
         """Write what is pending, for the end of the process: a pipe nobody reads cannot hold it."""
