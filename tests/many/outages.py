@@ -81,8 +81,8 @@ async def outage(
         ),
         Finding(
             scene,
-            "nobody waits longer for it than 20 ms: 99 of 100 answers are no later than by that, and "
-            "by what they vary without it",
+            "nobody waits longer for it than 20 ms: 99 of 100 answers are no later than by that, "
+            "and by what they vary without it",
             f"{slow * 1e3:.1f} ms; usual are {usual * 1e3:.1f}, which vary by {noise * 1e3:.1f}; "
             f"slowest {quantile(during, 1) * 1e3:.1f}, before {quantile(before, 1) * 1e3:.1f}",
             slow <= usual + noise + _BOUND,
