@@ -32,6 +32,7 @@ _ENDS_WORKERS: Sequence[What] = ("kill", "roll")
 # More deaths of one worker in a minute would make its successors wait, and a roll takes its time.
 _MOST: dict[What, int] = {"kill": 2, "roll": 1}
 _ROLLED = "all workers have been replaced"
+GIVEN_UP = "a worker cannot be replaced; it serves on"  # its successor was killed before it served
 
 
 @attrs.frozen
@@ -101,6 +102,8 @@ class Hand:
     :param nursery: where engines live that come back.
     :param configurations: what is in the *file* in turns.
     :param done: what was done, and when.
+    :param unsaid: of the *kills*, those that may have been of a worker that did not count.
+    :param stuck: what had not healed when the store was to break, or long after, in words.
     :param silent: from when to when not all could ask the store, or it had forgotten everything.
     """
 
@@ -115,6 +118,8 @@ class Hand:
     done: list[str] = attrs.field(factory=list)
     silent: list[tuple[float, float]] = attrs.field(factory=list)
     kills: int = 0
+    unsaid: int = 0
+    stuck: list[str] = attrs.field(factory=list)
     _rolls: dict[int, int] = attrs.field(factory=dict)
     _reloads: int = 0
     # Who starts while the store is gone knows of no others, and takes limits for his own.
@@ -161,7 +166,7 @@ class Hand:
         running = len(workers_of([gateway]))
         if (ready, running) != (self.shape.workers, self.shape.workers):
             missing.append(f"{ready} of {running} workers are ready")
-        if gateway.count(_ROLLED) < self._rolls.get(gateway.process.pid, 0):
+        if self._is_rolling(gateway):
             missing.append("workers are being replaced")
         page = await gateway.metrics(KEY)
         if not total(page, "citadel_gateway_store_up"):
@@ -178,6 +183,10 @@ class Hand:
             for endpoint in model["endpoints"]
             if not endpoint["healthy"] or endpoint["breaker"] != "closed"
         ]
+
+    def _is_rolling(self, gateway: GatewayProcess) -> bool:
+        asked = self._rolls.get(gateway.process.pid, 0)
+        return gateway.count(_ROLLED) + gateway.count(GIVEN_UP) < asked
 
     def _say(self, fault: Fault, what: str) -> None:
         line = f"{trio.current_time() % 1e5:9.2f} {fault.what}: {what}"
@@ -197,7 +206,7 @@ class Hand:
         if fault.what == "roll":
             gateway = self.several[int(fault.which * len(self.several))]
             pid = gateway.process.pid
-            self._rolls[pid] = gateway.count(_ROLLED) + 1
+            self._rolls[pid] = self._rolls.get(pid, 0) + 1
             gateway.process.send_signal(signal.SIGUSR2)
             self._say(fault, f"of {pid}")
             return
@@ -206,6 +215,8 @@ class Hand:
         self.callers.doomed |= owners(self.callers.connected, [victim], of_peer=True).keys()
         os.kill(victim, signal.SIGKILL)
         self.kills += 1
+        # Of a worker that was to leave, or to come, nobody says that it died.
+        self.unsaid += any(map(self._is_rolling, self.several))
         self._say(fault, f"worker {victim}")
         await trio.sleep(0.2)  # its parent has heard of it, and so it is not ready any more
 
@@ -221,7 +232,7 @@ class Hand:
         self, fault: Fault, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         async with self._births:
-            await self.until_whole(60.0, but_for_engines=True)
+            self.stuck += await self.until_whole(60.0, but_for_engines=True)
             began = trio.current_time()
             self._say(fault, f"for {fault.lasts:.1f} s" if fault.what != "empty" else "everything")
             task_status.started()
@@ -237,5 +248,5 @@ class Hand:
                 case _:
                     await trio.to_thread.run_sync(partial(self.redis.command, "FLUSHALL"))
                     await trio.sleep(0.5)
-            await self.until_whole(30.0, but_for_engines=True)
+            self.stuck += await self.until_whole(30.0, but_for_engines=True)
             self.silent.append((began, trio.current_time()))

@@ -23,7 +23,7 @@ WAVE_RATE, WAVE_BURST = 20, 60
 BUCKETS = [("steady", STEADY_RATE, STEADY_BURST), ("waves", WAVE_RATE, WAVE_BURST)]
 WAVE_LASTS = 1.5  # seconds
 CAP = 4  # of each of two endpoints
-CALMS, CALM = 3, 2.0  # so many times so many seconds, and then a wave
+CALMS, CALM = 2, 2.0  # so many times so many seconds, and then a wave
 HEALS = 20.0
 WAVE = Kind(name="wave", count=8, pause=0.03, key="waves", model=QUICK)
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from tests.many.callers import accounts
-from tests.many.hand import KEY, Host
+from tests.many.hand import GIVEN_UP, KEY, Host
 from tests.many.ledger import Told, excess, fill
 from tests.many.report import Finding
 from tests.many.turns import BUCKETS, CAP, HEALS, STEADY_RATE, WAVE_BURST, WAVE_RATE, Soak
@@ -37,8 +37,8 @@ async def judged(
         Finding(
             scene,
             f"all is whole again within {HEALS:g} s, workers that start included",
-            f"{max(soak.healed):.1f} s at the most" + _some(soak.slow),
-            not soak.slow,
+            f"{max(soak.healed):.1f} s at the most" + _some(soak.slow + soak.hand.stuck),
+            not (soak.slow or soak.hand.stuck),
         ),
         Finding(
             scene,
@@ -139,6 +139,7 @@ def _of_counters(scene: str, soak: Soak, pages: list[Any]) -> Finding:
         if line.get("level") == "error" or line.get("event") == "not a log line"
     )
     deaths = odd.pop("a worker died", 0)
+    given_up = odd.pop(GIVEN_UP, 0)
     return Finding(
         scene,
         "no counter falls, all that is answered is counted but for a dead worker's last second, "
@@ -148,7 +149,8 @@ def _of_counters(scene: str, soak: Soak, pages: list[Any]) -> Finding:
         not fallen
         and not crashes
         and not odd
-        and deaths == soak.hand.kills
+        and given_up <= soak.hand.unsaid
+        and soak.hand.kills - soak.hand.unsaid <= deaths <= soak.hand.kills
         and -outcomes["cut"] - outcomes["left"] <= lost <= most,
     )
 
