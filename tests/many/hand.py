@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,10 @@ from tests.support.scripted_engine import ScriptedEngine
 from tests.support.several import GatewayProcess
 
 What = Literal["kill", "roll", "reload", "pause", "restart", "empty", "engine"]
+Part = Literal["workers", "engines"]
+_WORKERS: Collection[Part] = frozenset[Part](["workers"])
+_ENGINES: Collection[Part] = frozenset[Part](["engines"])
+_ALL: Collection[Part] = ("workers", "engines")
 KEY = "free"
 _WEIGHTS: dict[What, int] = {
     "kill": 3, "roll": 1, "reload": 2, "pause": 3, "restart": 2, "empty": 2, "engine": 3,
@@ -104,7 +108,8 @@ class Hand:
     :param done: what was done, and when.
     :param unsaid: of the *kills*, those that may have been of a worker that did not count.
     :param stuck: what had not healed when the store was to break, or long after, in words.
-    :param silent: from when to when not all could ask the store, or it had forgotten everything.
+    :param silent: from when to when not all could ask the store, or it had forgotten everything;
+        or a request was decided without it, as on a busy machine.
     """
 
     shape: Shape
@@ -142,10 +147,10 @@ class Hand:
                     case _:
                         await nursery.start(self._break_the_store, fault)
 
-    async def until_whole(self, within: float, *, but_for_engines: bool = False) -> list[str]:
-        """All workers serve, know of each other and of all engines, and none is on its way out.
+    async def until_whole(self, within: float, of: Collection[Part] = _ALL) -> list[str]:
+        """All workers serve and know of each other, and of all engines that they are well.
 
-        Returns what is missing after so many seconds.
+        Returns what is missing *of* that after so many seconds.
         """
         missing = ["all"]
         with trio.move_on_after(within):
@@ -153,14 +158,28 @@ class Hand:
                 found = []
                 for gateway in self.several:
                     try:
-                        found += await self._missing_of(gateway, but_for_engines)
+                        found += await self._missing_of(gateway, of)
                     except (OSError, NoResponseError, trio.BrokenResourceError) as exc:
                         found.append(repr(exc))  # it asked one that was killed
                 missing = found
                 await trio.sleep(0.1)
         return missing
 
-    async def _missing_of(self, gateway: GatewayProcess, but_for_engines: bool) -> list[str]:
+    async def _missing_of(self, gateway: GatewayProcess, of: Collection[Part]) -> list[str]:
+        missing = []
+        if "workers" in of:
+            missing += await self._missing_workers(gateway)
+        if "engines" in of:
+            status = (await gateway.request("GET", "/models/status", key=KEY)).json()
+            missing += [
+                f"{endpoint['url']} is {endpoint['breaker']}, healthy: {endpoint['healthy']}"
+                for model in status["models"].values()
+                for endpoint in model["endpoints"]
+                if not endpoint["healthy"] or endpoint["breaker"] != "closed"
+            ]
+        return missing
+
+    async def _missing_workers(self, gateway: GatewayProcess) -> list[str]:
         missing = []
         ready = (await gateway.request("GET", "/health", key=KEY)).json()["workers"]["ready"]
         running = len(workers_of([gateway]))
@@ -174,15 +193,7 @@ class Hand:
         members = total(page, "citadel_gateway_store_members")
         if members != self.shape.processes:
             missing.append(f"{members:g} members")
-        if but_for_engines:
-            return missing
-        status = (await gateway.request("GET", "/models/status", key=KEY)).json()
-        return missing + [
-            f"{endpoint['url']} is {endpoint['breaker']}, healthy: {endpoint['healthy']}"
-            for model in status["models"].values()
-            for endpoint in model["endpoints"]
-            if not endpoint["healthy"] or endpoint["breaker"] != "closed"
-        ]
+        return missing
 
     def _is_rolling(self, gateway: GatewayProcess) -> bool:
         asked = self._rolls.get(gateway.process.pid, 0)
@@ -227,12 +238,13 @@ class Hand:
             self._say(fault, f"on {host.port}, for {fault.lasts:.1f} s")
             await trio.sleep(fault.lasts)
             await self.nursery.start(host.serve)
+            await self.until_whole(20.0, of=_ENGINES)  # and breakers rest for longer each time
 
     async def _break_the_store(
         self, fault: Fault, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         async with self._births:
-            self.stuck += await self.until_whole(60.0, but_for_engines=True)
+            self.stuck += await self.until_whole(60.0, of=_WORKERS)
             began = trio.current_time()
             self._say(fault, f"for {fault.lasts:.1f} s" if fault.what != "empty" else "everything")
             task_status.started()
@@ -248,5 +260,5 @@ class Hand:
                 case _:
                     await trio.to_thread.run_sync(partial(self.redis.command, "FLUSHALL"))
                     await trio.sleep(0.5)
-            self.stuck += await self.until_whole(30.0, but_for_engines=True)
+            self.stuck += await self.until_whole(30.0, of=_WORKERS)
             self.silent.append((began, trio.current_time()))

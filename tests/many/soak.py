@@ -35,6 +35,7 @@ from tests.many.turns import (
 )
 from tests.many.verdict import LEASE, LEAST, judged
 from tests.support.counters import CounterWatch
+from tests.support.ledger import total
 from tests.support.raw_client import NoResponseError
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import (
@@ -99,7 +100,7 @@ async def run(
             soak.slow += await hand.until_whole(HEALS)
             async with trio.open_nursery() as scraping:
                 for gateway, watch in zip(several, watches, strict=True):
-                    scraping.start_soon(_scrape, gateway, watch)
+                    scraping.start_soon(_scrape, gateway, watch, hand)
                 await _all_turns(soak, seconds)
                 scraping.cancel_scope.cancel(reason="it is over")
             seats = await _seats(soak, hosts)
@@ -173,10 +174,16 @@ def _answer(entry: LedgerEntry) -> Script:
     return Script([sleep(_WORD), *steps[:-3], answered(), *steps[-3:]])
 
 
-async def _scrape(gateway: GatewayProcess, watch: CounterWatch) -> None:
+async def _scrape(gateway: GatewayProcess, watch: CounterWatch, hand: Hand) -> None:
+    looked, misses = trio.current_time(), 0.0
     while True:
         with suppress(OSError, NoResponseError, trio.BrokenResourceError, ValueError):
-            watch.take(await gateway.metrics(KEY))  # unless it asked the one that is killed
+            page = await gateway.metrics(KEY)  # unless it asked the one that is killed
+            watch.take(page)
+            before, misses = misses, total(page, "citadel_gateway_store_misses_total")
+            if misses > before:
+                hand.silent.append((looked, trio.current_time()))
+            looked = trio.current_time()
         await trio.sleep(1.0)
 
 

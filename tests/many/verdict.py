@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from tests.many.callers import accounts
@@ -16,6 +18,8 @@ _LEAVES = 1.0  # seconds in which an engine has to hear of a departure
 _SETTLES = 0.5  # seconds in which all tell a store that was emptied what they have spent
 LEASE = 3.0  # the default
 LEAST = 0.97
+_DIED = "a worker died"
+_DEATHS = (_DIED, GIVEN_UP)
 
 
 async def judged(
@@ -76,10 +80,11 @@ def _of_clients(scene: str, soak: Soak, hosts: list[Host]) -> list[Finding]:
 def _of_limits(scene: str, soak: Soak, least: float) -> list[Finding]:
     others = (soak.shape.processes - 1) / soak.shape.processes
     quiet, whole, beyond = [], [], 0.0
+    gone = _merged(soak.hand.silent)
     for key, rate, burst in BUCKETS:
         passed = soak.callers.of(key)
         for began, ended in soak.turns:
-            silent = [s for s in soak.hand.silent if began <= s[0] < ended]
+            silent = [s for s in gone if began <= s[0] < ended]
             # Some may be cut off while others are not.
             more = sum(others * (burst + rate * (s[1] - s[0])) for s in silent)
             over = excess(_within(passed, began, ended), rate, burst)
@@ -111,7 +116,7 @@ def _of_limits(scene: str, soak: Soak, least: float) -> list[Finding]:
             "at most 1 above each key's bucket while the store is there, else each gateway's part "
             "of it besides",
             f"{over:+.1f} ({key}, {start % 1e5:.2f} to {end % 1e5:.2f}); with "
-            f"{len(soak.hand.silent)} outages {max(whole):+.1f}",
+            f"{len(gone)} outages {max(whole):+.1f}",
             over <= 1 and beyond <= 1,
         ),
         Finding(
@@ -133,12 +138,12 @@ def _of_counters(scene: str, soak: Soak, pages: list[Any]) -> Finding:
     span = sum(ended - began for began, ended in soak.turns)
     most = soak.hand.kills * outcomes["answered"] / span  # of a second
     odd = Counter(
-        str(line.get("event"))
+        line["event"] if line["event"] in _DEATHS else json.dumps(line)[:2000]
         for gateway in soak.hand.several
         for line in gateway.log.lines
         if line.get("level") == "error" or line.get("event") == "not a log line"
     )
-    deaths = odd.pop("a worker died", 0)
+    deaths = odd.pop(_DIED, 0)
     given_up = odd.pop(GIVEN_UP, 0)
     return Finding(
         scene,
@@ -180,6 +185,17 @@ def _of_growth(scene: str, soak: Soak) -> list[Finding]:
 
 def _within(told: list[Told], start: float, end: float) -> list[Told]:
     return [each for each in told if start <= each.began and each.ended <= end]
+
+
+def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that overlap as one; in order."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1] + _SETTLES:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _some(what: Any) -> str:
