@@ -156,7 +156,10 @@ class RedisStore:
                     self._client = client
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
-                    await self._serve()
+                    try:
+                        await self._serve()
+                    finally:
+                        self._client = None  # closing it takes a while, in which nobody may use it
             except* (RedisError, OSError, trio.TooSlowError, StoreUnavailable):
                 pass  # whoever asks is told so
             finally:
@@ -216,6 +219,10 @@ class RedisStore:
                     told = await client.eval(text, keys=keys, args=given)
         except (RedisError, OSError, trio.TooSlowError) as exc:
             raise StoreUnavailable(str(exc) or type(exc).__name__) from exc
+        except RuntimeError as exc:
+            if self._client is client:
+                raise
+            raise StoreUnavailable("it was disconnected") from exc  # while this was in its queue
         self._ahead = float(told[0]) - time.monotonic()
         rest: list[Any] = told[1:]
         return rest
