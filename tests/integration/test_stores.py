@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import attrs
 import pytest
 import trio
+import trio.lowlevel
 import trustme
 
 from citadel_gateway.io.store import redis_store
@@ -379,8 +380,10 @@ async def test_a_dead_members_share_comes_back(make: Opening) -> None:
         await store.report("one", LEASE, {"all": Need(4, None, 0, 4)})
         assert (await store.report("other", LEASE, {"all": Need(4, None, 0, 4)}))["all"].limit == 0
 
-        clock.now += LEASE - 0.1
-        assert (await store.report("other", LEASE, {"all": Need(4, 0, 0, 4)}))["all"].limit == 0
+        for pause in (LEASE / 2, LEASE / 2 - 0.1):  # somebody reports, so the store was there
+            clock.now += pause
+            needs = {"all": Need(4, 0, 0, 4)}
+            assert (await store.report("other", LEASE, needs))["all"].limit == 0
 
         clock.now += 0.1
 
@@ -456,6 +459,41 @@ async def _cannot_be_reached(store: RedisStore) -> None:
 _LEFT_OPEN = pytest.mark.filterwarnings(
     "ignore:Unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
+
+
+@_LEFT_OPEN
+async def test_who_asks_a_redis_that_was_just_lost_is_told_so(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    async def ask(store: RedisStore, number: int) -> None:
+        try:
+            await store.report(f"member {number}", LEASE, {"all": Need(4, None, 0, 1)})
+        except StoreUnavailable:
+            told.append("unavailable")
+
+    async def take(store: RedisStore) -> None:
+        with pytest.raises(StoreUnavailable):
+            await store.take([("global", bucket(b"global", 10, 10))])
+
+    with running_redis(tmp_path / "redis") as server:
+        store = RedisStore(RedisAddress(url=server.url), "test", patience=0.02)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
+            server.pause()
+            for number in range(6):
+                nursery.start_soon(ask, store, number)
+            await take(store)
+            server.kill()
+            for number in range(6, 12):
+                nursery.start_soon(ask, store, number)
+                await trio.lowlevel.checkpoint()
+            with trio.move_on_after(1.0):
+                while len(told) < 12:  # noqa: ASYNC110  # they are many
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    gc.collect()
+
+    assert told == ["unavailable"] * 12
 
 
 @_LEFT_OPEN

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from tests.many import caps, deaths, limits, outages, probers
+from tests.many import caps, deaths, limits, outages, probers, soak
 from tests.many.fleet import Shape
 from tests.many.report import Finding, table
 from tests.support.redis_server import RedisServer, running_redis
@@ -22,7 +22,7 @@ ONE_HOST = [Shape(1), Shape(2), Shape(4), Shape(8)]
 HOSTS = [Shape(1, gateways=3), Shape(2, gateways=3)]
 
 
-def plays(seconds: float) -> dict[str, list[Play]]:
+def plays(seconds: float, seed: int | None) -> dict[str, list[Play]]:
     """By name; each is played with a Redis of its own."""
     some = [Shape(4), Shape(2, gateways=3)]
     return {
@@ -40,17 +40,22 @@ def plays(seconds: float) -> dict[str, list[Play]]:
             partial(probers.moves, shape=s, seconds=seconds / 2) for s in ONE_HOST[2:] + HOSTS
         ],
         "deaths": [partial(deaths.one_after_the_other, seconds=6 * seconds, pause=1.0, clients=60)],
+        **{
+            name: [partial(soak.run, shape=shape, seconds=seconds, seed=seed)]
+            for name, shape in (("soak-lmdb", Shape(4)), ("soak-redis", Shape(2, gateways=2)))
+        },
     }
 
 
 async def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.many")
-    parser.add_argument("--only", nargs="+", help="names of scenes")
+    parser.add_argument("--only", nargs="+", help="scenes whose names begin so")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each scene")
+    parser.add_argument("--seed", type=int, help="of what is broken in a soak")
     asked = parser.parse_args()
     findings: list[Finding] = []
-    for name, scenes in plays(asked.seconds).items():
-        for play in scenes if name in (asked.only or [name]) else ():
+    for name, scenes in plays(asked.seconds, asked.seed).items():
+        for play in scenes if name.startswith(tuple(asked.only or [name])) else ():
             with tempfile.TemporaryDirectory() as directory:
                 folder = Path(directory)
                 with running_redis(folder / "redis") as redis:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.many import caps, deaths, limits
+from tests.many import caps, deaths, limits, soak
 from tests.many.fleet import Shape
 from tests.many.report import Finding, table
 from tests.support.redis_server import RedisServer, running_redis
@@ -43,3 +43,11 @@ async def test_workers_that_are_killed_cost_their_own_connections_and_no_count(
     assert_kept(
         await deaths.one_after_the_other(tmp_path, redis, seconds=4.0, pause=0.5, clients=30)
     )
+
+
+async def test_under_load_one_thing_after_the_other_breaks_and_all_heals(
+    tmp_path: Path, redis: RedisServer
+) -> None:
+    shape = Shape(2, gateways=2)
+
+    assert_kept(await soak.run(tmp_path, redis, shape, 10.5, seed=936, patience=0.2, least=0.5))

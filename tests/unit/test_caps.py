@@ -118,6 +118,36 @@ async def test_a_store_that_forgets_everything_lets_nobody_have_more(
         assert engine.max_in_flight == 4
 
 
+@pytest.mark.parametrize("at", [1.0, 1.2, 1.3, 1.4, 1.5, 1.6])
+async def test_an_outage_that_is_shorter_than_the_lease_lets_nobody_have_more(
+    at: float, autojump_clock: MockClock
+) -> None:
+    """Who has nothing of the cap may not have heard of it for longer than who has all of it."""
+    async with fellows(capped(4), 2, ["a"]) as several:
+        engine = several.engines["a"]
+        engine.default = SLOW
+
+        async def break_down() -> None:
+            await trio.sleep(at)
+            for store in several.stores:
+                store.is_out = True
+            await trio.sleep(2.9)
+            for store in several.stores:
+                store.is_out = False
+
+        async def ask_meanwhile() -> list[int]:
+            await trio.sleep(at + 0.1)
+            return await gather(*[several[1].ask] * 4)
+
+        async def go_on_asking() -> None:
+            for _ in range(8):
+                await several[0].ask()
+
+        await gather(break_down, ask_meanwhile, *[go_on_asking] * 4)
+
+        assert engine.max_in_flight == 4
+
+
 async def test_without_the_store_each_goes_by_its_part(autojump_clock: MockClock) -> None:
     async with fellows(capped(8), 2, ["a"]) as several:
         engine = several.engines["a"]

@@ -140,3 +140,23 @@ def test_after_a_loss_what_is_in_use_counts_before_anybody_gets_more() -> None:
 
     assert quick.limit == 5
     assert cap.report("quick", Need(10, 5, 5, 5), LEASE, 100.0 + 2 * GRACE).limit == 5
+
+
+def test_who_reports_first_after_a_silence_of_all_does_not_get_what_others_may_still_use() -> None:
+    cap = Cap()
+    cap.report("busy", Need(4, None, 0, 4), LEASE, 100.0)
+    cap.report("idle", Need(4, None, 0, 0), LEASE, 100.0 + LEASE / 4)
+    back = 100.0 + LEASE * 1.1
+
+    assert cap.report("idle", Need(4, 0, 0, 4), LEASE, back).limit == 0
+    assert cap.report("busy", Need(4, 2, 2, 2), LEASE, back).limit == 2
+    assert cap.report("idle", Need(4, 0, 0, 4), LEASE, back + GRACE).limit == 2
+
+
+def test_whoever_has_stayed_gets_what_the_dead_had() -> None:
+    cap = Cap()
+    cap.report("dead", Need(4, None, 0, 4), LEASE, 100.0)
+    for quarter in range(4):
+        cap.report("alive", Need(4, 0, 0, 0), LEASE, 100.0 + quarter * LEASE / 4)
+
+    assert cap.report("alive", Need(4, 0, 0, 4), LEASE, 100.0 + LEASE).limit == 4

@@ -118,6 +118,24 @@ def test_who_offers_too_much_gets_nearly_all_of_the_bucket(
     assert 0.97 * (burst + rate * 6) <= admitted <= burst + rate * 6 + 1
 
 
+@pytest.mark.parametrize("offered", [60, 100, 150, 400])
+@pytest.mark.parametrize("burst", [60, 200, 600])
+def test_requests_that_come_close_by_chance_take_little_in_advance_that_is_lost(
+    offered: int, burst: int
+) -> None:
+    rng = random.Random(burst)
+    lasts = 1.5 * burst / (offered - 20) + 1.0
+    fills = []
+    for _ in range(10):
+        admitted, _ = drive(
+            holders(4, global_=(20, burst)), lasts, lambda: rng.expovariate(offered)
+        )
+        fills.append(admitted / (burst + 20 * lasts))
+
+    assert min(fills) >= 0.96
+    assert sum(fills) / len(fills) >= 0.97
+
+
 def test_below_the_limit_nobody_is_refused_and_few_questions_are_asked() -> None:
     rng = random.Random(7)
     several = holders(4, global_=(4000, 20000))

@@ -41,6 +41,8 @@ class _Share:
     :param limit: what we go by; ``None`` before the first report.
     :param is_owed: the store holds more for us, which others could have.
     :param is_short: there was little to spare for us, and so for others.
+    :param good_until: when others may have what the store has given us.
+    :param missed_at: the first report since then that the store did not answer.
     """
 
     cap: int
@@ -52,6 +54,7 @@ class _Share:
     wants: int = 0
     reported_at: float = -float("inf")
     good_until: float = -float("inf")
+    missed_at: float = float("inf")
 
 
 @attrs.define(eq=False)
@@ -182,15 +185,24 @@ class Caps:
                 need = needs[name].used + needs[name].wants
                 share.is_short = grant.limit - need <= need // _LITTLE
                 share.reported_at, share.good_until = began, began + member.lease
+                share.missed_at = float("inf")
         has_more = [name for name in names if self._apply(self._shares[name])]
         if has_more:
             self.admission.pump()
 
     def _go_alone(self, share: _Share, now: float) -> None:
-        """Go by the even part, unless what the store said is still good."""
+        """Go by the even part, unless what the store said is still good.
+
+        Others may have heard from it until we did not, and go by that for as long as a lease.
+        """
         share.is_contended = share.is_owed = share.is_short = False
+        share.missed_at = min(share.missed_at, now)
         if now >= share.good_until:
-            share.limit = max(1, share.cap // self.membership.members)
+            even = max(1, share.cap // self.membership.members)
+            if share.limit is None or now >= share.missed_at + self.membership.lease:
+                share.limit = even
+            else:
+                share.limit = min(share.limit, even)
 
     def _apply(self, share: _Share) -> bool:
         """True if more may be used than before."""

@@ -13,8 +13,10 @@ gets more than he needs, and what cannot be divided goes to who has least, and h
 Members who have more than that begin nothing new; what they finish is free at their next report.
 
 Who has been forgotten, because the store lost everything, brings along what it goes by.  Until
-all have had the time to do that, nobody gets more than he had.  Whoever has never reported before
-brings nothing, and so begins no such time.
+all have had the time to do that, nobody gets more than he had.  The same holds if nobody has
+reported for so long that it was the store that was away: those whose reports are too old may be
+as alive as the one who reports first.  Whoever has never reported before brings nothing, and so
+begins no such time.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import math
 import attrs
 
 GRACE = 1.0  # seconds in which everybody reports
+_SILENCE = 0.5  # of a lease, in which everybody reports
 _SPARED = 2  # of what is left over, the part that nobody gets in advance
 
 
@@ -73,7 +76,7 @@ class Share:
 class Cap:
     """Nothing but plain values, so that it can be kept anywhere.
 
-    :param lost_at: when somebody noticed that everything was lost.
+    :param lost_at: when somebody noticed that everything was lost, or everybody silent.
     """
 
     lost_at: float = -math.inf
@@ -81,11 +84,13 @@ class Cap:
 
     def report(self, member: str, need: Need, lease: float, now: float) -> Grant:
         """Take down what *member* needs, and tell it what it may use for *lease* seconds."""
+        heard = max((share.until for share in self.shares.values()), default=now) - lease
         for gone in [m for m, share in self.shares.items() if share.until <= now]:
             del self.shares[gone]
         before = self.shares.get(member)
         mine = Share(need.limit or 0, 0, now, 0.0) if before is None else before
-        if before is None and need.limit is not None:
+        is_silent = now - heard > lease * _SILENCE
+        if need.limit is not None and (before is None or is_silent):
             self.lost_at = now
         had = mine.held
         mine.need, mine.until = need.used + need.wants, now + lease

@@ -9,8 +9,9 @@ lease: a bucket that fills up meanwhile has no room for what is leased, so what 
 that is leased from it are together never more than its burst.  What has not been used by the end
 is lost, which is a part of one lease and therefore little:
 
-- a gateway asks for what it expects to need in half of a lease, by how fast it used the last one,
-  and begins with little;
+- a gateway asks for one less than it expects to need in half of a lease, by what it needed in that
+  time or since it asked last; so two requests that follow each other by chance cost nothing, and it
+  begins with little;
 - the upper half of a bucket is all that is leased, an eighth of what is left of that at a time, so
   close to the limit every request is decided by itself and nobody is refused for what others have;
 - a lease lasts a hundredth of the time in which the bucket fills up, and never long.
@@ -25,8 +26,7 @@ import attrs
 _LONGEST = 0.05  # seconds
 _PART = 0.01  # of the bucket's time to fill up
 _EXPECTED = 0.5  # of a lease, that what is asked for should suffice for
-_GROWTH = 2.0  # times what was used of the last one, at most
-_SOON = 1e-6  # seconds; clocks tell no difference below
+_CHANCE = 1  # of what is expected, which may be chance
 
 
 def length_of(depth: float) -> float:
@@ -46,10 +46,10 @@ class TokenLease:
 
     :param left: units that it has not used.
     :param until: when they are lost.
-    :param used: requests that were let through since it last asked for units.
+    :param used: requests that were let through in half a lease, or since it last asked for units.
     """
 
-    _began: float  # when it last asked
+    _began: float  # when what is used is counted from
     left: int = attrs.field(default=0, init=False)
     until: float = attrs.field(default=-math.inf, init=False)
     used: int = attrs.field(default=0, init=False)
@@ -76,9 +76,11 @@ class TokenLease:
         """How many units to take ahead; until :meth:`receive`, nobody asks for more."""
         if self._is_asking:
             return 0
-        used, lasted = self.used, max(now - self._began, _SOON)
-        self._began, self.used = now, 0
-        wanted = int(min(used / lasted * length * _EXPECTED, used * _GROWTH))
+        lasted, within = now - self._began, length * _EXPECTED
+        expected = self.used * within / max(lasted, within)
+        if lasted >= within:
+            self._began, self.used = now, 0  # else the next time tells of this time, too
+        wanted = max(0, int(expected) - _CHANCE)
         self._is_asking = wanted > 0
         return wanted
 

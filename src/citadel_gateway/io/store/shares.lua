@@ -15,11 +15,13 @@ if not now then
 end
 local me, lease, grace = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
--- The cap without those whose time is over, and without this member; and what is known of it.
+-- The cap without those whose time is over, and without this member; what is known of it; and
+-- whether nobody has reported for half a lease.
 local function others_of(cap)
   local left, mine = {lost_at = cap.lost_at, who = {}, held = {}, need = {}, since = {}, till = {}}
-  local count = 0
+  local count, heard = 0, 0
   for i, member in ipairs(cap.who) do
+    heard = math.max(heard, cap.till[i] - lease)
     if cap.till[i] > now then
       if member == me then
         mine = {held = cap.held[i], since = cap.since[i]}
@@ -30,7 +32,7 @@ local function others_of(cap)
       end
     end
   end
-  return left, mine
+  return left, mine, now - heard > lease / 2
 end
 
 local function due(others, mine, size)
@@ -68,15 +70,16 @@ for i, key in ipairs(KEYS) do
   local kept = redis.call('GET', key)
   local cap = kept and cmsgpack.unpack(kept)
     or {lost_at = 0, who = {}, held = {}, need = {}, since = {}, till = {}}
-  local others, mine = others_of(cap)
+  local others, mine, silent = others_of(cap)
   if lease > 0 then
     local at = 5 + 4 * (i - 1)
     local size, goes_by = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
     local used, wants = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
     if not mine then
       mine = {held = math.max(goes_by, 0), since = now}
-      if goes_by >= 0 then others.lost_at = now end
+      silent = true
     end
+    if silent and goes_by >= 0 then others.lost_at = now end
     local had = mine.held
     mine.need = used + wants
     if wants == 0 then mine.since = now end
