@@ -6,6 +6,7 @@ import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import attrs
@@ -190,7 +191,7 @@ async def test_a_sentinel_that_knows_no_such_service_is_no_use(group: Watched) -
     async with opened(url) as store:
         with pytest.raises(StoreUnavailable):
             await store.meet(Statement(member="one", lease=3.0))
-        with pytest.raises(StoreUnavailable, match="there is no service another"):
+        with pytest.raises(StoreUnavailable, match="No such master with that name"):
             async with store.address.connect(b"key"):
                 pass
 
@@ -202,7 +203,9 @@ async def test_sentinels_have_a_password_of_their_own(group: Watched, tmp_path: 
         async with RedisAddress(url=url, sentinel_password="hush").connect(b"key") as client:
             assert (await client.role()).role == "master"
 
-        with pytest.raises(StoreUnavailable, match="no sentinel node tells"):
+        with pytest.raises(
+            StoreUnavailable, match="no sentinel names the primary: .*HELLO must be called"
+        ):
             async with RedisAddress(url=url).connect(b"key"):
                 pass
 
@@ -218,6 +221,19 @@ async def test_who_is_no_primary_any_more_is_left(group: Watched, tmp_path: Path
         ):
             async with address.connect(b"key"):
                 pass
+
+
+async def test_who_knows_of_the_latest_fail_over_is_believed(
+    group: Watched, tmp_path: Path
+) -> None:
+    with running_redis(tmp_path / "other") as other:
+        config = f"sentinel monitor main 127.0.0.1 {other.port} 1\nsentinel config-epoch main 5\n"
+        with running_redis(tmp_path / "newer", "--sentinel", config=config) as newer:
+            for ports in permutations((group.sentinel.port, newer.port)):
+                hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+                url = f"redis+sentinel://{hosts}/main"
+                async with RedisAddress(url=url).connect(b"key") as client:
+                    assert (await client.config_get(["port"]))[b"port"] == str(other.port).encode()
 
 
 # Cluster.
@@ -293,3 +309,58 @@ async def test_a_gateway_goes_by_its_share_while_another_server_is_found(group: 
             nursery.cancel_scope.cancel()
 
     assert told == [True, False]
+
+
+# What may have been done once is not done twice.
+
+
+async def test_a_request_whose_answer_is_lost_is_not_sent_again(tmp_path: Path) -> None:
+    with running_redis(tmp_path / "redis") as server:
+        way = Way(server.port)
+        async with trio.open_nursery() as nursery:
+            serve = partial(trio.serve_tcp, way.pass_on, 0)
+            [listener] = await nursery.start(partial(serve, host="127.0.0.1"))
+            port = listener.socket.getsockname()[1]
+            async with opened(f"redis://127.0.0.1:{port}") as store:
+                await served(store)
+                spender = Spender(store)
+                spender.bucket.key = b"one"
+                before = await spender.spend()
+
+                way.cuts = True
+                with pytest.raises(StoreUnavailable):
+                    await spender.spend()
+
+                await served(store)
+                assert await spender.spend() == before - 2
+            nursery.cancel_scope.cancel()
+    gc.collect()
+
+
+@attrs.define(eq=False)
+class Way:
+    """To a server and back.
+
+    :param cuts: the next answer is not passed on, and the connection ends.
+    """
+
+    port: int
+    cuts: bool = False
+
+    async def pass_on(self, client: trio.SocketStream) -> None:
+        server = await trio.open_tcp_stream("127.0.0.1", self.port)
+        async with server, client, trio.open_nursery() as nursery:
+            nursery.start_soon(self._back, server, client, nursery.cancel_scope)
+            async for data in client:
+                await server.send_all(data)
+            nursery.cancel_scope.cancel()
+
+    async def _back(
+        self, server: trio.SocketStream, client: trio.SocketStream, scope: trio.CancelScope
+    ) -> None:
+        async for data in server:
+            if self.cuts:
+                self.cuts = False
+                break
+            await client.send_all(data)
+        scope.cancel()

@@ -266,7 +266,7 @@ async def test_a_store_that_dies_and_comes_back_refuses_nobody(tmp_path: Path) -
 async def test_a_store_that_is_emptied_gives_no_second_burst(
     tmp_path: Path, redis: RedisServer
 ) -> None:
-    rate, burst = 20, 100
+    rate, burst, losses = 20, 100, 6
     with trio.fail_after(PATIENCE):
         async with engines() as (_, ports):
             store = {"kind": "redis", "url": redis.url}
@@ -275,13 +275,14 @@ async def test_a_store_that_is_emptied_gives_no_second_burst(
                 load = Load()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(load.run, several, 4.0)
-                    for _ in range(6):
+                    for _ in range(losses):
                         await trio.sleep(0.5)
                         redis.command("FLUSHALL")
 
     assert set(load.statuses) == {200, 429}
     span = load.last - load.first
-    assert load.statuses[200] <= burst + rate * span + 2
+    # What the one was granted last the other cannot tell, and he may be the first to ask again.
+    assert load.statuses[200] <= burst + rate * span + 2 + losses
 
 
 async def test_without_a_store_from_the_beginning_gateways_serve(tmp_path: Path) -> None:

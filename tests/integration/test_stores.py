@@ -358,6 +358,23 @@ async def test_members_notice_that_the_board_was_emptied(make: Opening) -> None:
         assert news.posts == {"health a": "well"}
 
 
+async def test_nothing_is_held_for_longer_than_a_lease_though_clocks_go_back(
+    make: Opening,
+) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.meet(says("dead", claims=("probe a",)))
+        clock.now -= 3600.0
+        assert (await store.meet(says("one", claims=("probe a",)))).won == set()
+        clock.now += LEASE - 0.1
+        await store.meet(says("one", claims=("probe a",)))
+        clock.now += 0.1
+
+        news = await store.meet(says("one", claims=("probe a",)))
+
+        assert (news.won, news.members) == ({"probe a"}, 1)
+
+
 # Caps.
 
 
@@ -442,6 +459,20 @@ async def test_all_stores_share_out_the_same(make: Opening, seed: int) -> None:
             assert got == await reference.report(member, LEASE, needs)
             for cap, grant in got.items():
                 limits[member][cap] = grant.limit
+
+
+async def test_a_dead_members_share_comes_back_though_clocks_go_back(make: Opening) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.report("dead", LEASE, {"all": Need(4, None, 0, 4)})
+        clock.now -= 3600.0
+        assert (await store.report("one", LEASE, {"all": Need(4, None, 0, 4)}))["all"].limit == 0
+
+        for _ in range(4):
+            clock.now += LEASE / 4
+            told = await store.report("one", LEASE, {"all": Need(4, 0, 0, 4)})
+
+        assert told["all"].limit == 4
 
 
 # How Redis is reached.

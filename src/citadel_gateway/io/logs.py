@@ -61,19 +61,16 @@ class JsonLog:
             self.write({"level": name, "event": event, **fields})
 
     async def flush_for_ever(self) -> NoReturn:
-        has_written = False
+        pause = _EVERY
         while True:
-            await trio.sleep(_EVERY if has_written else _SELDOM)
-            has_written = await self.flush()
+            await trio.sleep(pause)
+            pause = _EVERY if self._pending else _SELDOM
+            await self.flush()
 
-    async def flush(self) -> bool:
-        """Write what is pending, from a thread that nobody waits for while stopping.
-
-        Returns whether there was anything.
-        """
+    async def flush(self) -> None:
+        """Write what is pending, from a thread that nobody waits for while stopping."""
         if lines := self._take():
             await trio.to_thread.run_sync(self._write_out, lines, abandon_on_cancel=True)
-        return bool(lines)
 
     def flush_now(self) -> None:
         """Write what is pending, for the end of the process: a pipe nobody reads cannot hold it."""

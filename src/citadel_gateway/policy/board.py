@@ -75,8 +75,10 @@ class Board:
 
     def meet(self, statement: Statement, now: float) -> News:
         """Take down what a member says, and tell it what is new."""
-        self._forget(now)
         me, until = statement.member, now + statement.lease
+        if statement.lease > 0:
+            self._bound(until)
+        self._forget(now)
         for task in [t for t, (who, _) in self.holders.items() if who == me]:
             del self.holders[task]
         if statement.lease > 0:
@@ -101,6 +103,13 @@ class Board:
             posts={name: text for name, (version, text) in self.posts.items() if version > seen},
             was_emptied=was_emptied,
         )
+
+    def _bound(self, until: float) -> None:
+        """Nothing holds for longer than what is said now: else a clock has gone back."""
+        for member in self.members:
+            self.members[member] = min(self.members[member], until)
+        for holder in self.holders.values():
+            holder[1] = min(holder[1], until)
 
     def _forget(self, now: float) -> None:
         for member in [m for m, until in self.members.items() if until <= now]:

@@ -84,6 +84,9 @@ class Cap:
 
     def report(self, member: str, need: Need, lease: float, now: float) -> Grant:
         """Take down what *member* needs, and tell it what it may use for *lease* seconds."""
+        for share in self.shares.values():  # a clock that has gone back makes nobody live longer
+            share.until = min(share.until, now + lease)
+        self.lost_at = min(self.lost_at, now)
         heard = max((share.until for share in self.shares.values()), default=now) - lease
         for gone in [m for m, share in self.shares.items() if share.until <= now]:
             del self.shares[gone]

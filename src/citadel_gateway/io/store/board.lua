@@ -18,6 +18,13 @@ else
   board = {version = 0, members = {}, holders = {}}
   redis.call('DEL', KEYS[2], KEYS[3])
 end
+-- Nothing holds for longer than what is said now: else a clock has gone back.
+if said.lease > 0 then
+  for member, till in pairs(board.members) do
+    board.members[member] = math.min(till, now + said.lease)
+  end
+  for _, holder in pairs(board.holders) do holder[2] = math.min(holder[2], now + said.lease) end
+end
 local function strike(member)
   board.members[member] = nil
   redis.call('HDEL', KEYS[2], member)

@@ -178,9 +178,6 @@ class Membership:
     def _hear(self, news: News) -> None:
         self.won, self._seen = news.won, news.version
         self._count(news.members)
-        if news.was_emptied:
-            self._outbox = {**self._posted, **self._outbox}
-            self.hurry()
         heard = {}
         for name, text in news.posts.items():
             member, _, said = text.partition(" ")
@@ -189,6 +186,9 @@ class Membership:
             elif member != self.name:
                 self._posted.pop(name, None)  # theirs is newer
                 heard[name] = said
+        if news.was_emptied:
+            self._outbox = {**self._posted, **self._outbox}
+            self.hurry()
         if heard:
             for read in self.readers:
                 read(heard)

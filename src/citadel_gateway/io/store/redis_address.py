@@ -7,9 +7,10 @@ change at any time, and who finds himself at the wrong one asks again.
 
 from __future__ import annotations
 
+import itertools
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
 import attrs
@@ -42,6 +43,7 @@ class RedisAddress:
     sentinel_username: str | None = None
     sentinel_password: str | None = attrs.field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
+    _turns: Iterator[int] = attrs.field(factory=itertools.count, init=False, repr=False)
 
     @asynccontextmanager
     async def connect(self, key: bytes) -> AsyncIterator[coredis.Redis[bytes]]:
@@ -102,31 +104,66 @@ class RedisAddress:
         )
 
     async def _locate(self, place: StorePlace, key: bytes) -> tuple[str, int]:
-        """Ask one after the other until one knows."""
-        if place.topology is Topology.SINGLE:
-            return place.hosts[0]
-        why = "nobody was asked"
-        for host, port in place.hosts:
-            try:
-                with trio.fail_after(_ASKING):
-                    return await self._ask(place, host, port, key)
-            except* (RedisError, OSError, trio.TooSlowError, StoreUnavailable) as group:
-                first = group.exceptions[0]
-                why = f"{host}:{port}: {str(first) or type(first).__name__}"
-        raise StoreUnavailable(f"no {place.topology.value} node tells where the data is: {why}")
+        """Where *key* is.  Raises :class:`StoreUnavailable`."""
+        match place.topology:
+            case Topology.SINGLE:
+                return place.hosts[0]
+            case Topology.SENTINEL:
+                return await self._ask_sentinels(place)
+            case Topology.CLUSTER:
+                return await self._ask_nodes(place, key)
 
-    async def _ask(self, place: StorePlace, host: str, port: int, key: bytes) -> tuple[str, int]:
-        where = {"host": host, "port": port}
-        if place.topology is Topology.SENTINEL:
+    async def _ask_sentinels(self, place: StorePlace) -> tuple[str, int]:
+        """Ask all of them at once, and believe who knows of the latest fail-over.
+
+        One that is cut off from the others still names the primary of before.
+        """
+        found: list[tuple[int, str, int]] = []
+        trouble: list[str] = []
+
+        async def ask(host: str, port: int) -> None:
             username, password = self.sentinel_username, self.sentinel_password
-            async with self._client(place, where, _ASKING, username, password) as sentinel:
-                found = await sentinel.sentinel_get_master_addr_by_name(place.service)
-                if found is None:
-                    raise StoreUnavailable(f"there is no service {place.service}")
-                return found
-        async with self._client(place, where, _ASKING, self.username, self.password) as node:
-            slot = await node.cluster_keyslot(key)
-            for (first, last), nodes in (await node.cluster_slots()).items():
-                if first <= slot <= last:
-                    return nodes[0]["host"] or host, nodes[0]["port"]
-        raise StoreUnavailable(f"no node has slot {slot}")
+            with _in_words(trouble, host, port), trio.fail_after(_ASKING):
+                where = {"host": host, "port": port}
+                async with self._client(place, where, _ASKING, username, password) as sentinel:
+                    said = await sentinel.sentinel_master(place.service)
+                    told = {k: v.decode() for k, v in said.items() if isinstance(v, bytes)}
+                    found.append((int(told["config-epoch"]), told["ip"], int(told["port"])))
+
+        async with trio.open_nursery() as nursery:
+            for host, port in place.hosts:
+                nursery.start_soon(ask, host, port)
+        if not found:
+            raise StoreUnavailable(f"no sentinel names the primary: {'; '.join(trouble)}")
+        return max(found)[1:]
+
+    async def _ask_nodes(self, place: StorePlace, key: bytes) -> tuple[str, int]:
+        """Ask one after the other until one knows, and another one first each time.
+
+        One that is cut off from the others names who does not have the key any more.
+        """
+        trouble: list[str] = []
+        first = next(self._turns) % len(place.hosts)
+        for host, port in place.hosts[first:] + place.hosts[:first]:
+            with _in_words(trouble, host, port), trio.fail_after(_ASKING):
+                where = {"host": host, "port": port}
+                username, password = self.username, self.password
+                async with self._client(place, where, _ASKING, username, password) as node:
+                    slot = await node.cluster_keyslot(key)
+                    for (low, high), nodes in (await node.cluster_slots()).items():
+                        if low <= slot <= high:
+                            return nodes[0]["host"] or host, nodes[0]["port"]
+                    raise StoreUnavailable(f"nobody has slot {slot}")
+        raise StoreUnavailable(f"no node tells where the keys are: {'; '.join(trouble)}")
+
+
+@contextmanager
+def _in_words(trouble: list[str], host: str, port: int) -> Iterator[None]:
+    """What goes wrong is written down, and that is all."""
+    try:
+        yield
+    except* (RedisError, OSError, trio.TooSlowError, StoreUnavailable) as group:
+        cause: BaseException = group
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        trouble.append(f"{host}:{port}: {str(cause) or type(cause).__name__}")

@@ -66,6 +66,7 @@ class RedisStore:
     _asked: list[_Asked] = attrs.field(factory=list, init=False)
     _work: trio.Event = attrs.field(factory=trio.Event, init=False)
     _is_lost: bool = attrs.field(default=False, init=False)  # the server, or its way of answering
+    _is_new: bool = attrs.field(default=True, init=False)  # nobody has met there since we connected
 
     def now(self) -> float:
         return self.clock() if self.clock is not None else time.monotonic() + self._ahead
@@ -86,17 +87,27 @@ class RedisStore:
         return asked.result
 
     async def meet(self, statement: Statement) -> News:
-        said = attrs.asdict(statement)
+        """See :meth:`Board.meet`.
+
+        Behind a new connection there may be a replica, or what was saved some time ago, and its
+        version tells nothing: what is there counts as new, and what members have said may be gone.
+        """
+        is_new, self._is_new = self._is_new, False
+        said = attrs.asdict(statement) | ({"seen": 0} if is_new else {})
         said["posts"] = list(statement.posts.items())
         arguments = (orjson.dumps(said), MOST_POSTS)
         keys = [self._key(name) for name in ("board", "posts", "versions")]
-        told = orjson.loads((await self._run("board", keys, arguments))[0])
+        try:
+            told = orjson.loads((await self._run("board", keys, arguments))[0])
+        except BaseException:
+            self._is_new = True
+            raise
         return News(
             version=told["version"],
             members=told["members"],
             won=frozenset(told["won"]),
             posts=told["posts"],
-            was_emptied=told["was_emptied"],
+            was_emptied=told["was_emptied"] or (is_new and statement.seen > 0),
         )
 
     async def report(self, member: str, lease: float, needs: Mapping[str, Need]) -> Grants:
@@ -122,7 +133,7 @@ class RedisStore:
         while True:
             try:
                 async with self.address.connect(self._key("")) as client:
-                    self._client, self._is_lost = client, False
+                    self._client, self._is_lost, self._is_new = client, False, True
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
                     try:

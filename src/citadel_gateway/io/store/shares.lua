@@ -18,9 +18,11 @@ local me, lease, grace = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 -- The cap without those whose time is over, and without this member; what is known of it; and
 -- whether nobody has reported for half a lease.
 local function others_of(cap)
-  local left, mine = {lost_at = cap.lost_at, who = {}, held = {}, need = {}, since = {}, till = {}}
+  local left, mine = {lost_at = math.min(cap.lost_at, now), who = {}, held = {}, need = {}, since = {}, till = {}}
   local count, heard = 0, 0
   for i, member in ipairs(cap.who) do
+    -- A clock that has gone back makes nobody live longer.
+    if lease > 0 then cap.till[i] = math.min(cap.till[i], now + lease) end
     heard = math.max(heard, cap.till[i] - lease)
     if cap.till[i] > now then
       if member == me then
