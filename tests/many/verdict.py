@@ -57,14 +57,14 @@ async def judged(
 def _of_clients(scene: str, soak: Soak, hosts: list[Host]) -> list[Finding]:
     callers = soak.callers
     runs = [run for host in hosts for run in host.engine.posts]
-    wrong, latest = accounts(callers.requests.values(), runs, _LEAVES)
+    wrong, latest = accounts(callers.requests.values(), runs, soak.hand.dark, _LEAVES)
     told = ", ".join(f"{n} {what}" for what, n in sorted(callers.outcomes().items()))
     left = callers.outcomes()["left"]
     return [
         Finding(
             scene,
-            "each request has one end; cut are only those of a killed worker, and streams fail "
-            "only with a killed engine",
+            "each request has one end; cut are only those of a killed worker, streams fail only "
+            "with a killed engine, and 502 get only those who meet two",
             told + _some(wrong),
             not wrong,
         ),
