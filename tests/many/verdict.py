@@ -130,7 +130,7 @@ def _of_limits(scene: str, soak: Soak, least: float) -> list[Finding]:
 
 
 def _of_caps(scene: str, soak: Soak) -> Finding:
-    """Who had more than his part when an outage began may finish that, while others go by theirs."""
+    """Who had more than his part when an outage began may finish that; others go by theirs."""
     long = [s for s in _merged(soak.hand.silent) if s[1] - s[0] > LEASE - _SETTLES]
     beyond = [
         f"{count} at {at % 1e5:.2f}"
