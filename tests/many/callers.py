@@ -21,7 +21,7 @@ _MOST_KEPT = 50  # requests on a connection
 _PATIENCE = 30.0
 
 Outcome = Literal[
-    "running", "answered", "limited", "failed", "left", "cut", "recycled", "cannot be"
+    "running", "answered", "limited", "unlucky", "failed", "left", "cut", "recycled", "cannot be"
 ]
 
 
@@ -185,6 +185,8 @@ def _judged(
         return "cannot be", f"cut after {len(body)} bytes, {events[-1:]}"
     if head.status == 429 and kind.key != "free":
         return "limited", ""
+    if head.status == 502:
+        return "unlucky", f"{body[:300]!r}"
     if head.status != 200:
         return "cannot be", f"{head.status} {body[:300]!r}"
     if not kind.stream:
@@ -197,11 +199,16 @@ def _judged(
 
 
 def accounts(
-    requests: Iterable[Request], runs: Iterable[LedgerEntry], patience: float
+    requests: Iterable[Request],
+    runs: Iterable[LedgerEntry],
+    dark: Sequence[tuple[float, float]],
+    patience: float,
 ) -> tuple[list[str], float]:
     """What does not balance between clients and engines, in words; and how long after its client's
     departure an engine has heard of it, at the most.
 
+    :param dark: from when to when an engine was away; who meets two such times may have tried both
+        engines in vain.
     :param patience: seconds in which it has to.
     """
     found: dict[str, list[LedgerEntry]] = {}
@@ -219,6 +226,9 @@ def accounts(
             complaints.append(f"{request.name} was answered by nobody")
         if request.outcome == "failed" and "stopped" not in ends:
             complaints.append(f"{request.name} failed, and no engine was killed: {request.why}")
+        met = sum(start <= request.ended and request.began <= end for start, end in dark)
+        if request.outcome == "unlucky" and met < 2:
+            complaints.append(f"{request.name} met {met} dead engines: {request.why}")
         if len(mine) > 1 + ends.count("stopped"):
             complaints.append(f"{request.name} was executed by {ends}")
         if request.outcome == "left":

@@ -106,6 +106,7 @@ class Hand:
     :param nursery: where engines live that come back.
     :param configurations: what is in the *file* in turns.
     :param done: what was done, and when.
+    :param dark: from when to when an engine was away.
     :param unsaid: of the *kills*, those that may have been of a worker that did not count.
     :param stuck: what had not healed when the store was to break, or long after, in words.
     :param silent: from when to when not all could ask the store, or it had forgotten everything;
@@ -122,6 +123,7 @@ class Hand:
     file: Path
     done: list[str] = attrs.field(factory=list)
     silent: list[tuple[float, float]] = attrs.field(factory=list)
+    dark: list[tuple[float, float]] = attrs.field(factory=list)
     kills: int = 0
     unsaid: int = 0
     stuck: list[str] = attrs.field(factory=list)
@@ -235,9 +237,11 @@ class Hand:
         async with self._engines:  # the others are there for those who were with it
             host = self.hosts[int(fault.which * len(self.hosts))]
             host.kill()
+            killed = trio.current_time()
             self._say(fault, f"on {host.port}, for {fault.lasts:.1f} s")
             await trio.sleep(fault.lasts)
             await self.nursery.start(host.serve)
+            self.dark.append((killed, trio.current_time()))
             await self.until_whole(20.0, of=_ENGINES)  # and breakers rest for longer each time
 
     async def _break_the_store(

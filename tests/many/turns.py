@@ -35,12 +35,12 @@ class Counted:
     What a client has left is not counted: on its way are, by another connection, the news of that
     and the next request.
 
-    :param exceeded: when one had more than its cap, in words.
+    :param exceeded: when one had more than its cap, and how many.
     """
 
     callers: Callers
     peak: int = 0
-    exceeded: list[str] = attrs.field(factory=list)
+    exceeded: list[tuple[float, int]] = attrs.field(factory=list)
     running: dict[int, list[LedgerEntry]] = attrs.field(factory=dict)
 
     def note(self, engine: int, entry: LedgerEntry) -> None:
@@ -49,7 +49,7 @@ class Counted:
         count = self.of(engine)
         self.peak = max(self.peak, count)
         if count > CAP:
-            self.exceeded.append(f"{count} at {trio.current_time() % 1e5:.2f}")
+            self.exceeded.append((trio.current_time(), count))
 
     def of(self, engine: int) -> int:
         gone = self.callers.gone
