@@ -79,7 +79,8 @@ class Departures:
 
     async def _watch_for_input(self) -> NoReturn:
         while True:
-            await trio.sleep(_LOOK_EVERY)
+            await trio.lowlevel.wait_readable(self._unread.fileno())
+            await trio.sleep(_LOOK_EVERY)  # most of it is read by whoever waits for it
             for descriptor, _ in self._unread.poll(0, _MOST):
                 if (leaver := self._watched.get(descriptor)) is not None:
                     leaver.read_ahead()
