@@ -8,12 +8,14 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from citadel_gateway.app.caps import Caps
 from citadel_gateway.config.loader import parse
 from tests.support.fellows import Fellows, fellows
 from tests.support.gateway import endpoint, fleet, gather
 from tests.support.scripted_engine import Script, sleep, whole_chat
 
 SERVICE = 1.0  # seconds that an engine takes
+REPORTS_EVERY = 0.75  # a quarter of a lease
 SLOW = Script([sleep(SERVICE), *whole_chat("ok").steps])
 
 
@@ -59,6 +61,24 @@ async def test_one_gateway_may_use_all_while_the_others_are_idle(
         await gather(*[several[2].ask] * 20)
 
         assert engine.max_in_flight == 20
+
+
+async def test_while_nothing_happens_nobody_looks_more_often_than_there_is_to_report(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    report = Caps.report
+
+    async def counted(self: Caps) -> None:
+        nonlocal looks
+        looks += 1
+        await report(self)
+
+    async with fellows(capped(20), 1, ["a"]):
+        monkeypatch.setattr(Caps, "report", counted)
+        await trio.sleep(60)
+
+    assert looks <= 60 / REPORTS_EVERY
 
 
 async def test_nobody_waits_long_where_others_have_most_of_it(autojump_clock: MockClock) -> None:

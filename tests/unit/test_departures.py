@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, closing
 import attrs
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from citadel_gateway.io.departures import Departures
 
@@ -109,6 +110,17 @@ async def test_bytes_alone_are_no_departure_but_are_told_of_after_a_while() -> N
                 await connection.has_input.wait()
 
     assert connection.told == []
+
+
+async def test_nobody_looks_at_connections_that_are_silent() -> None:
+    ours, client = connect()
+    with ours, client:
+        async with watching() as departures:
+            with departures.watching(ours, Connection("a", [])):
+                await wait_all_tasks_blocked()
+                next_look = trio.lowlevel.current_statistics().seconds_to_next_deadline
+
+    assert next_look > PATIENCE / 2  # the test's own
 
 
 async def test_who_is_no_longer_watched_is_told_nothing() -> None:

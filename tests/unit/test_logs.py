@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from citadel_gateway.io.logs import JsonLog, LogHandler, redact
 
@@ -92,6 +94,46 @@ async def test_lines_are_written_ten_times_a_second(
         await trio.lowlevel.wait_readable(pipe[0])
 
     assert [line["event"] for line in read(pipe[0])] == ["first", "second"]
+
+
+async def test_nothing_is_waited_for_but_a_line_while_none_comes(
+    pipe: tuple[int, int], nursery: trio.Nursery
+) -> None:
+    log = JsonLog(pipe[1])
+    nursery.start_soon(log.flush_for_ever)
+    await wait_all_tasks_blocked()
+
+    assert trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf
+
+
+async def test_a_line_of_another_thread_is_written_though_nothing_else_happens(
+    pipe: tuple[int, int], nursery: trio.Nursery
+) -> None:
+    log = JsonLog(pipe[1])
+    nursery.start_soon(log.flush_for_ever)
+    await wait_all_tasks_blocked()
+
+    await trio.to_thread.run_sync(log.write, {"event": "from a thread"})
+
+    with trio.fail_after(5):
+        await trio.lowlevel.wait_readable(pipe[0])
+    assert [line["event"] for line in read(pipe[0])] == ["from a thread"]
+
+
+async def test_a_line_after_the_end_of_the_event_loop_is_kept_for_the_last_flush(
+    pipe: tuple[int, int],
+) -> None:
+    log = JsonLog(pipe[1])
+
+    async def run() -> None:
+        with trio.move_on_after(0.01):
+            await log.flush_for_ever()
+
+    await trio.to_thread.run_sync(trio.run, run)
+    log.write({"event": "last"})
+    log.flush_now()
+
+    assert [line["event"] for line in read(pipe[0])] == ["last"]
 
 
 async def test_a_pipe_that_nobody_reads_delays_nobody(pipe: tuple[int, int]) -> None:

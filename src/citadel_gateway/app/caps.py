@@ -10,6 +10,7 @@ noticed; until then by what it has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -96,7 +97,7 @@ class Caps:
             if any(share.is_owed for share in shares):
                 continue
             waits = self._is_contended or any(share.wants for share in shares)
-            pause = max(_WAITING, members / _MOST_WAITING) if waits else self.membership.store.every
+            pause = max(_WAITING, members / _MOST_WAITING) if waits else self._pause()
             with trio.move_on_after(pause):
                 await self._hurry.wait()
             self._hurry = trio.Event()
@@ -125,6 +126,15 @@ class Caps:
             await self.membership.store.leave(self.membership.name, list(self._shares))
         except StoreUnavailable:
             return
+
+    def _pause(self) -> float:
+        """Seconds until there is something to report, if nothing happens before."""
+        every, now = self.membership.store.every, trio.current_time()
+        if self._is_short:
+            return every
+        oldest = min((share.reported_at for share in self._shares.values()), default=now)
+        # In whole steps, so that caps are reported together and no more often than that.
+        return every * math.ceil(max(every, oldest + self._every() - now) / every)
 
     def _every(self) -> float:
         """Seconds between two reports of a cap of which there is nothing to say."""

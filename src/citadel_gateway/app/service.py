@@ -227,7 +227,7 @@ class UnifiedAPIGatewayService:
                 balancer=balancer,
                 client=self._probe_client,
                 on_flip=self._note_flip,
-                on_arrival=self._chronicle.arrival,
+                on_arrival=self._note_arrival,
                 on_crash=self._chronicle.background_crash,
                 sharing=None if self.peers is None else self.peers.findings,
             ),
@@ -598,6 +598,11 @@ class UnifiedAPIGatewayService:
         if self.peers is not None:
             self.peers.findings.changed(endpoint, transition)
         self._tell_of(endpoint, transition)
+
+    def _note_arrival(self, endpoint: Endpoint, has_come: bool) -> None:
+        self._chronicle.arrival(endpoint, has_come)
+        if self.peers is not None:
+            self.peers.caps.hurry()  # until the first report its cap is not shared
 
     def _note_cool_down(self, endpoint: Endpoint) -> None:
         self._rests.note()

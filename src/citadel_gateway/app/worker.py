@@ -38,6 +38,7 @@ from citadel_gateway.io.workers import (
 
 _BEAT = 0.5  # seconds between two signs of life
 _PAGE = 1.0  # seconds between two pages of metrics that nobody has asked for, at least
+_PAGE_IDLE = 10.0  # while no request ends: what else there is to count is not worth one a second
 _PAGES_COST = 0.005  # of a core, at most
 _ANSWERS_WITHIN = 3.0
 _LAST_WORDS = 1.0
@@ -125,15 +126,19 @@ class Worker:
         self.service.drain(last=not self.orders.sockets_stay)  # it has gone
 
     async def _show_life(self) -> None:
-        page_at = 0.0
+        metrics = self.service.metrics
+        page_at = old_at = 0.0
+        told = -1
         while True:
             levels = self.service.load()
             self.channel.tell(Said.BEAT, levels)
-            if trio.current_time() >= page_at:
-                began = trio.current_time()
+            began = trio.current_time()
+            if began >= page_at and (metrics.ended != told or began >= old_at):
+                told = metrics.ended
                 self.channel.tell(Said.PAGE, await self._page())
-                took = trio.current_time() - began
-                page_at = trio.current_time() + max(_PAGE, took / _PAGES_COST)
+                now = trio.current_time()
+                page_at = now + max(_PAGE, (now - began) / _PAGES_COST)
+                old_at = now + _PAGE_IDLE
             await trio.sleep(_BEAT)
 
     async def _page(self) -> Json:

@@ -49,14 +49,12 @@ class Departures:
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _unread: select.epoll = attrs.field(factory=select.epoll, init=False)
     _watched: dict[int, Leaver] = attrs.field(factory=dict, init=False)
-    _somebody: trio.Event = attrs.field(factory=trio.Event, init=False)  # is watched
 
     @contextmanager
     def watching(self, sock: socket.socket, leaver: Leaver) -> Iterator[None]:
         """Tell *leaver* when the peer of *sock* shuts down, closes, or resets."""
         descriptor = sock.fileno()
         self._watched[descriptor] = leaver
-        self._somebody.set()
         self._epoll.register(descriptor, _LEFT)
         self._unread.register(descriptor, select.EPOLLIN)
         try:
@@ -81,10 +79,8 @@ class Departures:
 
     async def _watch_for_input(self) -> NoReturn:
         while True:
-            if not self._watched:
-                self._somebody = trio.Event()
-                await self._somebody.wait()
-            await trio.sleep(_LOOK_EVERY)
+            await trio.lowlevel.wait_readable(self._unread.fileno())
+            await trio.sleep(_LOOK_EVERY)  # most of it is read by whoever waits for it
             for descriptor, _ in self._unread.poll(0, _MOST):
                 if (leaver := self._watched.get(descriptor)) is not None:
                     leaver.read_ahead()

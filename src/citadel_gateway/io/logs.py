@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
@@ -18,7 +19,6 @@ import trio
 
 _MOST_PENDING = 4 * 2**20  # bytes; beyond it lines are dropped and counted
 _EVERY = 0.1
-_SELDOM = 0.5  # when there was nothing to write: waking up costs more than looking
 _LAST_LINES = 1.0  # seconds
 _LEVELS = {level: name.lower() for name, level in logging.getLevelNamesMapping().items()}
 _SECRETS = re.compile(r"sk-[A-Za-z0-9_-]{6,}|[Bb]earer\s+\S+")
@@ -38,6 +38,9 @@ class JsonLog:
     dropped: int = attrs.field(default=0, init=False)
     _pending: list[bytes] = attrs.field(factory=list, init=False)
     _size: int = attrs.field(default=0, init=False)
+    _sleeper: tuple[trio.lowlevel.TrioToken, trio.Event] | None = attrs.field(
+        default=None, init=False
+    )
     _writing: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def write(self, fields: dict[str, Any]) -> None:
@@ -48,6 +51,8 @@ class JsonLog:
             return
         self._pending.append(line)
         self._size += len(line)
+        if self._sleeper is not None:
+            self._wake(*self._sleeper)
 
     def request(self, fields: dict[str, Any]) -> None:
         """A line of the access log."""
@@ -61,11 +66,27 @@ class JsonLog:
             self.write({"level": name, "event": event, **fields})
 
     async def flush_for_ever(self) -> NoReturn:
-        pause = _EVERY
+        """Write lines soon after they have come; while none come there is nothing to do."""
         while True:
-            await trio.sleep(pause)
-            pause = _EVERY if self._pending else _SELDOM
+            await self._wait_for_lines()
+            await trio.sleep(_EVERY)
             await self.flush()
+
+    async def _wait_for_lines(self) -> None:
+        news = trio.Event()
+        # Before the look: a line that another thread adds after it finds whom to wake.
+        self._sleeper = trio.lowlevel.current_trio_token(), news
+        try:
+            if not self._pending:
+                await news.wait()
+        finally:
+            self._sleeper = None
+
+    def _wake(self, token: trio.lowlevel.TrioToken, news: trio.Event) -> None:
+        """From any thread, and from where the event loop would not learn of an event in time."""
+        self._sleeper = None
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(news.set)
 
     async def flush(self) -> None:
         """Write what is pending, from a thread that nobody waits for while stopping."""

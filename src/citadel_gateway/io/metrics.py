@@ -197,6 +197,8 @@ class Metrics:
             "Requests refused because the process is short of something.",
             ["resource"],
         )
+        self.ended = 0
+        """Requests that have ended, whatever came of them."""
         self._absent: dict[tuple[str, str], float] = {}
         self._labels: WeakKeyDictionary[Endpoint, str] = WeakKeyDictionary()
         self._making = trio.Lock()
@@ -205,6 +207,7 @@ class Metrics:
 
     def finished(self, record: RequestRecord) -> None:
         """Count a request that has ended; called once for each."""
+        self.ended += 1
         outcome = record.outcome or Outcome.INTERNAL_ERROR
         model = record.model or "none"
         self._requests.labels(model, record.endpoint or "none", outcome.value).inc()
