@@ -908,7 +908,7 @@ def _came_with_a_clock(run: Run, job: Job) -> bool:
     every += [model["timeouts"] for model in run.config["models"].values()]
     clocks = {_IDLE, *(clock for each in every for clock in each.values())}
     last = job.spoke_at[-1]
-    if any(last - job.began >= each.get("total", math.inf) for each in every):
+    if any(last - job.began > each.get("total", math.inf) - 0.001 for each in every):
         return True
     since = (job.began, *job.spoke_at[:-1])
     return any(abs(last - at - clock) < 0.001 for at in since for clock in clocks)
