@@ -908,6 +908,8 @@ def _came_with_a_clock(run: Run, job: Job) -> bool:
     every += [model["timeouts"] for model in run.config["models"].values()]
     clocks = {_IDLE, *(clock for each in every for clock in each.values())}
     last = job.spoke_at[-1]
+    if job.fault is JobFault.NO_BLANK_LINE:  # it is an event when the connection ends, a gap later
+        last += last - job.spoke_at[-2] if len(job.spoke_at) > 1 else 0.0
     if any(last - job.began > each.get("total", math.inf) - 0.001 for each in every):
         return True
     since = (job.began, *job.spoke_at[:-1])
