@@ -11,6 +11,7 @@ import trio
 
 from tests.support.ledger import total
 from tests.support.raw_client import NoResponseError
+from tests.support.redis_groups import cluster, watched
 from tests.support.redis_server import RedisServer, running_redis
 from tests.support.scripted_engine import MODEL, Script, sleep, status, whole_chat
 from tests.support.several import GatewayProcess, Load, configuration, engines, gateways
@@ -237,11 +238,14 @@ async def test_a_store_that_stands_still_refuses_nobody_and_holds_up_nobody(
     assert complaints == [[LOST], [LOST]]
 
 
-async def test_a_store_that_dies_and_comes_back_refuses_nobody(tmp_path: Path) -> None:
+async def nobody_is_refused_while(
+    tmp_path: Path, url: str, breaks: Callable[[], Awaitable[None]]
+) -> None:
+    """Two gateways keep to their limit, more or less, and find the store again."""
     rate, burst = 60, 20
-    with running_redis(tmp_path / "redis") as redis, trio.fail_after(PATIENCE):
-        store = {"kind": "redis", "url": redis.url}
+    with trio.fail_after(PATIENCE):
         async with engines() as (_, ports):
+            store = {"kind": "redis", "url": url}
             config = configuration(ports, store, performance=limited(rate, burst))
             async with gateways(tmp_path, 2, config) as several:
                 await until(lambda: know_each_other(several))
@@ -249,9 +253,7 @@ async def test_a_store_that_dies_and_comes_back_refuses_nobody(tmp_path: Path) -
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(load.run, several, 4.0)
                     await trio.sleep(1.0)
-                    redis.kill()
-                    await trio.sleep(1.0)
-                    redis.start()
+                    await breaks()
 
                 async def is_up() -> bool:
                     return all([total(await g.metrics(), STORE + "up") for g in several])
@@ -261,6 +263,40 @@ async def test_a_store_that_dies_and_comes_back_refuses_nobody(tmp_path: Path) -
     assert set(load.statuses) == {200, 429}
     span = load.last - load.first
     assert 0.8 * (burst + rate * span) <= load.statuses[200] <= 1.1 * (burst + rate * span)
+
+
+async def test_a_store_that_dies_and_comes_back_refuses_nobody(tmp_path: Path) -> None:
+    with running_redis(tmp_path / "redis") as redis:
+
+        async def breaks() -> None:
+            redis.kill()
+            await trio.sleep(1.0)
+            redis.start()
+
+        await nobody_is_refused_while(tmp_path, redis.url, breaks)
+
+
+async def test_a_fail_over_of_the_store_refuses_nobody(tmp_path: Path) -> None:
+    with watched(tmp_path / "redis") as redis:
+
+        async def breaks() -> None:
+            redis.primary.kill()
+
+        await nobody_is_refused_while(tmp_path, redis.url, breaks)
+
+
+async def test_a_limit_is_one_for_all_gateways_on_a_cluster(tmp_path: Path) -> None:
+    rate, burst = 60, 20
+    with cluster(tmp_path / "redis") as redis, trio.fail_after(PATIENCE):
+        async with engines() as (_, ports):
+            store = {"kind": "redis", "url": redis.url}
+            config = configuration(ports, store, performance=limited(rate, burst))
+            async with gateways(tmp_path, 2, config) as several:
+                load = Load(clients=2)
+                await load.run(several, 2.0)
+
+    assert load.statuses[200] <= burst + rate * (load.last - load.first) + 1
+    assert load.statuses[200] >= 0.97 * (burst + rate * (load.last - load.first)) - 1
 
 
 async def test_a_store_that_is_emptied_gives_no_second_burst(

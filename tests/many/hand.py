@@ -109,8 +109,8 @@ class Hand:
     :param dark: from when to when an engine was away.
     :param unsaid: of the *kills*, those that may have been of a worker that did not count.
     :param stuck: what had not healed when the store was to break, or long after, in words.
-    :param silent: from when to when not all could ask the store, or it had forgotten everything;
-        or a request was decided without it, as on a busy machine.
+    :param silent: from when to when not all could ask the store, or it had forgotten everything.
+    :param missed: the same, when a request was decided without it, as on a busy machine.
     """
 
     shape: Shape
@@ -123,6 +123,7 @@ class Hand:
     file: Path
     done: list[str] = attrs.field(factory=list)
     silent: list[tuple[float, float]] = attrs.field(factory=list)
+    missed: list[tuple[float, float]] = attrs.field(factory=list)
     dark: list[tuple[float, float]] = attrs.field(factory=list)
     kills: int = 0
     unsaid: int = 0

@@ -182,7 +182,7 @@ async def _scrape(gateway: GatewayProcess, watch: CounterWatch, hand: Hand) -> N
             watch.take(page)
             before, misses = misses, total(page, "citadel_gateway_store_misses_total")
             if misses > before:
-                hand.silent.append((looked, trio.current_time()))
+                hand.missed.append((looked, trio.current_time()))
             looked = trio.current_time()
         await trio.sleep(1.0)
 
