@@ -373,9 +373,11 @@ def streams_go_on_from_what_their_clients_have(run: Run) -> Iterator[str]:
     """An engine that is to go on is told what was said, and is of the same model."""
     jobs = _by_request(run)
     for seen, response in _streams(run):
-        said = speech.heard(response.body).texts.get(0, "")
+        heard = speech.heard(response.body)
+        said = heard.texts.get(0, "")
         is_seen = seen.fate in {Fate.ANSWERED, Fate.CUT} and not seen.dawdled
-        first = next((job for job in jobs[seen.id] if job.said), None)
+        # What one says in the moment in which it is left is not heard.
+        first = next((job for job in jobs[seen.id] if job.name in heard.ids), None)
         for job in jobs[seen.id]:
             given = job.answer.given
             if is_seen and not said.startswith(given):
