@@ -66,6 +66,9 @@ def _drive(gateways: Sequence[tuple[int, int]], *arguments: str) -> list[dict[st
         for port, pid in gateways
     ]  # fmt: skip
     said = [driver.communicate()[0] for driver in drivers]
+    for driver in drivers:
+        if driver.returncode:
+            raise subprocess.CalledProcessError(driver.returncode, driver.args)
     return [json.loads(each) for each in said]
 
 

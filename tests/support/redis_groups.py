@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -30,7 +31,7 @@ class Watched:
 
     @property
     def url_with_a_dead_one(self) -> str:
-        return self.url.replace("//", f"//127.0.0.1:{free_port()},")
+        return _with_a_dead_one(self.url)
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def watched(folder: Path) -> Iterator[Watched]:
         replica = stack.enter_context(
             running_redis(folder / "b", "--replicaof", f"127.0.0.1 {primary.port}")
         )
-        _wait(lambda: "state=online" in primary.command("INFO", "replication"))
+        _wait(partial(_has_replica, primary))
         config = (
             f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} 1\n"
             f"sentinel down-after-milliseconds {SERVICE} 300\n"
@@ -67,20 +68,21 @@ class Cluster:
 
     @property
     def url_with_a_dead_one(self) -> str:
-        return self.url.replace("//", f"//127.0.0.1:{free_port()},")
+        return _with_a_dead_one(self.url)
 
     def owner(self, key: str) -> RedisServer:
         """The primary that has *key*."""
-        slot = int(self.nodes[0].command("CLUSTER", "KEYSLOT", key).strip(":\r\n"))
-        return self.nodes[slot * len(self.nodes) // _SLOTS]
+        return self.nodes[self._slot(key) * len(self.nodes) // _SLOTS]
+
+    def _slot(self, key: str) -> int:
+        return int(self.nodes[0].command("CLUSTER", "KEYSLOT", key).strip(":\r\n"))
 
     def replica_of(self, node: RedisServer) -> RedisServer:
         return self.replicas[self.nodes.index(node)]
 
     def move(self, key: str, to: RedisServer) -> None:
         """Give the slot of *key* to another node, key by key, as resharding does."""
-        source = self.owner(key)
-        slot = self.nodes[0].command("CLUSTER", "KEYSLOT", key).strip(":\r\n")
+        source, slot = self.owner(key), str(self._slot(key))
         to.command("CLUSTER", "SETSLOT", slot, "IMPORTING", node_id(source))
         source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", node_id(to))
         while keys := _words(source.command("CLUSTER", "GETKEYSINSLOT", slot, "10")):
@@ -121,12 +123,21 @@ def cluster(folder: Path, *, with_replicas: bool = False) -> Iterator[Cluster]:
         _wait(lambda: all(_is_complete(server, known) for server in servers))
         for node, replica in zip(found.nodes, found.replicas, strict=False):
             replica.command("CLUSTER", "REPLICATE", node_id(node))
-            _wait(lambda node=node: "state=online" in node.command("INFO", "replication"))  # type: ignore[misc]
+            _wait(partial(_has_replica, node))
         yield found
 
 
 def node_id(server: RedisServer) -> str:
     return _words(server.command("CLUSTER", "MYID"))[0]
+
+
+def _with_a_dead_one(url: str) -> str:
+    """Which is asked first."""
+    return url.replace("//", f"//127.0.0.1:{free_port()},")
+
+
+def _has_replica(server: RedisServer) -> bool:
+    return "state=online" in server.command("INFO", "replication")
 
 
 def _is_complete(server: RedisServer, known: str) -> bool:

@@ -36,7 +36,7 @@ from citadel_gateway.app.reload_news import ReloadNews
 from citadel_gateway.app.reports import Reports
 from citadel_gateway.app.routes import PROBED, make_quart_app
 from citadel_gateway.app.server import Server
-from citadel_gateway.app.succession import Succession
+from citadel_gateway.app.succession import FIRST_ROUND, Succession
 from citadel_gateway.app.tls_files import TlsFiles, api_address, tls_settings
 from citadel_gateway.app.upkeep import RestTimers
 from citadel_gateway.app.watch import Watch
@@ -69,7 +69,6 @@ from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.waitroom import Waitroom
 from citadel_gateway.policy.watermarks import Level
 
-_FIRST_ROUND = 1.5  # seconds that the first probes may hold up the start
 _UPKEEP = 1.0  # seconds between two looks at what has expired
 _FORGET = 30.0
 
@@ -320,9 +319,9 @@ class UnifiedAPIGatewayService:
                 background.start_soon(
                     partial(supervise, task, name=name, on_crash=self._chronicle.background_crash)
                 )
-            with trio.move_on_after(_FIRST_ROUND):
+            with trio.move_on_after(FIRST_ROUND):
                 await self._succession.catalogue.look()
-            await self.watch.look_once(_FIRST_ROUND)
+            await self.watch.look_once(FIRST_ROUND)
             if self.peers is not None:
                 await self.peers.caps.begun.wait()
             try:

@@ -22,7 +22,7 @@ from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.catalogue import Catalogue
 from citadel_gateway.io.logs import JsonLog
 
-_FIRST_ROUND = 1.5  # seconds that the first probes and lists may hold up a change
+FIRST_ROUND = 1.5  # seconds that first probes and lists may hold up the start, or a change
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -80,7 +80,7 @@ class Succession:
             tls = await load_tls_files(base)
             self._follow_backends(base)
             try:
-                with trio.move_on_after(_FIRST_ROUND):
+                with trio.move_on_after(FIRST_ROUND):
                     await self.catalogue.look_at_new()
                 await self._make_way(self._nursery, base, tls, digest)
             finally:
@@ -127,7 +127,7 @@ class Succession:
             generation.number, generation.since = previous.number, previous.since
         self._coming = generation
         try:
-            await generation.watch.look_at_new(previous.watch, _FIRST_ROUND, joins=joins)
+            await generation.watch.look_at_new(previous.watch, FIRST_ROUND, joins=joins)
             self._succeed(nursery, generation, previous, tls)
             self.base = base
         finally:

@@ -92,16 +92,13 @@ class RedisStore:
         Behind a new connection there may be a replica, or what was saved some time ago, and its
         version tells nothing: what is there counts as new, and what members have said may be gone.
         """
-        is_new, self._is_new = self._is_new, False
+        is_new = self._is_new
         said = attrs.asdict(statement) | ({"seen": 0} if is_new else {})
         said["posts"] = list(statement.posts.items())
         arguments = (orjson.dumps(said), MOST_POSTS)
         keys = [self._key(name) for name in ("board", "posts", "versions")]
-        try:
-            told = orjson.loads((await self._run("board", keys, arguments))[0])
-        except BaseException:
-            self._is_new = True
-            raise
+        told = orjson.loads((await self._run("board", keys, arguments))[0])
+        self._is_new = False
         return News(
             version=told["version"],
             members=told["members"],
