@@ -2,12 +2,13 @@
 
 One bare epoll loop, so that the driver is cheaper than what it drives.  Prints one JSON object.
 
-With ``--watch PID`` it also reports what that process and all below it used meanwhile.  For
-streams that is a window of ``--window`` seconds which begins once every stream has had its first
-chunk: what opening and closing cost is not in it.  Streams must be long enough for that; the
-report's ``window`` says how many were open at its end.  With ``--leave`` all clients hang up after
-the window, and a stream that is open and well until then counts as done.  After ``--within``
-seconds the driver gives up, and what is not done has failed.
+With several ports the connections are dealt out to them in turn.  With ``--watch PID`` it also
+reports what that process, or those, and all below used meanwhile.  For streams that is a window of
+``--window`` seconds which begins once every stream has had its first chunk: what opening and
+closing cost is not in it.  Streams must be long enough for that; the report's ``window`` says how
+many were open at its end.  With ``--leave`` all clients hang up after the window, and a stream that
+is open and well until then counts as done.  After ``--within`` seconds the driver gives up, and
+what is not done has failed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -58,6 +60,7 @@ class Client:
     """One connection, and what llhttp tells about the answer that is being read from it."""
 
     sock: socket.socket
+    port: int
     began: float = 0.0
     chunks: int = 0
     last: float = 0.0  # when the last chunk came
@@ -108,9 +111,9 @@ class Tally:
 
 @attrs.define
 class Window:
-    """What the watched process uses between two moments."""
+    """What the watched processes use between two moments."""
 
-    watch: int
+    watch: Sequence[int]
     seconds: float
     began: float = 0.0
     chunks: int = 0
@@ -122,22 +125,30 @@ class Window:
         return bool(self.began) and self.found is None
 
     def begin(self, chunks: int) -> None:
-        self.began, self.chunks, self.cpu = time.monotonic(), chunks, cpu_seconds(self.watch)
+        self.began, self.chunks, self.cpu = time.monotonic(), chunks, _cpu(self.watch)
 
     def end(self, chunks: int, streams: int) -> None:
         self.found = {
-            "cpu_s": cpu_seconds(self.watch) - self.cpu,
+            "cpu_s": _cpu(self.watch) - self.cpu,
             "chunks": chunks - self.chunks,
             "seconds": round(time.monotonic() - self.began, 3),
             "open": streams,
-            "resident_mb": resident_mb(self.watch),
+            "resident_mb": _resident(self.watch),
         }
+
+
+def _cpu(watched: Sequence[int]) -> float:
+    return sum(map(cpu_seconds, watched))
+
+
+def _resident(watched: Sequence[int]) -> float:
+    return round(sum(map(resident_mb, watched)), 2)
 
 
 def connect(port: int) -> Client:
     sock = socket.create_connection(("127.0.0.1", port), timeout=30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Client(sock)
+    return Client(sock, port)
 
 
 def read(client: Client) -> bool:
@@ -150,21 +161,23 @@ def read(client: Client) -> bool:
     return bool(data)
 
 
-def whole(port: int, connections: int, seconds: float, raw: bytes, watch: int) -> dict[str, Any]:
+def whole(
+    ports: Sequence[int], connections: int, seconds: float, raw: bytes, watch: Sequence[int]
+) -> dict[str, Any]:
     """Each connection sends its next request as soon as it has the answer to the last one."""
     tally, epoll = Tally(), select.epoll()
     clients: dict[int, Client] = {}
 
-    def begin() -> None:
+    def begin(port: int) -> None:
         client = connect(port)
         clients[client.sock.fileno()] = client
         epoll.register(client.sock, select.EPOLLIN)
         client.began = time.monotonic()
         client.sock.sendall(raw)
 
-    cpu, began = cpu_seconds(watch) if watch else 0.0, time.monotonic()
-    for _ in range(connections):
-        begin()
+    cpu, began = _cpu(watch), time.monotonic()
+    for number in range(connections):
+        begin(ports[number % len(ports)])
     while clients:
         for fd, _ in epoll.poll(30):
             client = clients[fd]
@@ -183,18 +196,18 @@ def whole(port: int, connections: int, seconds: float, raw: bytes, watch: int) -
             if over or client.closing:
                 clients.pop(fd).sock.close()
                 if not over:
-                    begin()
+                    begin(client.port)
                 continue
             client.began = now
             client.sock.sendall(raw)
     report = tally.report(time.monotonic() - began)
     if watch:
-        report |= {"cpu_s": cpu_seconds(watch) - cpu, "resident_mb": resident_mb(watch)}
+        report |= {"cpu_s": _cpu(watch) - cpu, "resident_mb": _resident(watch)}
     return report
 
 
 def streams(
-    port: int,
+    ports: Sequence[int],
     connections: int,
     raw: bytes,
     *,
@@ -210,7 +223,7 @@ def streams(
     while clients or opened < connections:
         now = time.monotonic()
         while opened < connections and now - began >= over * opened / connections:
-            client = connect(port)
+            client = connect(ports[opened % len(ports)])
             clients[client.sock.fileno()] = client
             epoll.register(client.sock, select.EPOLLIN)
             client.began = time.monotonic()
@@ -256,14 +269,16 @@ def streams(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["whole", "streams"])
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, nargs="+", required=True)
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=5.0, help="of whole requests")
     parser.add_argument("--chunks", type=int, default=100, help="of each stream")
     parser.add_argument("--pace", type=int, default=20, help="chunks a second of each stream")
     parser.add_argument("--over", type=float, default=1.0, help="seconds in which streams begin")
     parser.add_argument("--key", default="", help="API key to show")
-    parser.add_argument("--watch", type=int, default=0, help="process whose CPU and memory count")
+    parser.add_argument(
+        "--watch", type=int, nargs="*", default=[], help="whose CPU and memory count"
+    )
     parser.add_argument("--window", type=float, default=3.0, help="seconds of streams watched")
     parser.add_argument("--leave", action="store_true", help="hang up after the window")
     parser.add_argument("--within", type=float, default=60.0, help="of all streams, then give up")

@@ -1,9 +1,10 @@
 """What a request costs with one worker and with several: ``python -m bench.workers``.
 
 CPU of the gateway's whole process tree, the supervisor included: over the answers, with 16 kept
-connections that each send their next request when they have the answer, or with ``--each 16`` as
-many for each worker; and over the chunks of 200 streams.  The turns alternate, so that a machine
-that gets busier is busier for all; medians.
+connections that each send their next request when they have the answer; and over the chunks of 200
+streams.  With ``--each`` there are as many of both for each worker: then a worker has as much to do
+at once, however many there are.  The turns alternate, so that a machine that gets busier is busier
+for all; medians.
 
 With ``--apart``, so many gateways of one worker each carry the same load, from the same engine,
 and share nothing: what they cost more than one is the machine's, and what workers cost more than
@@ -55,21 +56,16 @@ def _wait_for(port: int, workers: int) -> None:
     raise SystemExit("the gateway does not become ready")
 
 
-def _drive(gateways: Sequence[tuple[int, int]], *arguments: str) -> list[dict[str, Any]]:
-    """Load each of *gateways*, a port and a process, at the same time."""
-    drivers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.load", *arguments, "--port", str(port), "--key", KEY,
-             "--watch", str(pid)],
-            stdout=subprocess.PIPE, text=True,
-        )
-        for port, pid in gateways
-    ]  # fmt: skip
-    said = [driver.communicate()[0] for driver in drivers]
-    for driver in drivers:
-        if driver.returncode:
-            raise subprocess.CalledProcessError(driver.returncode, driver.args)
-    return [json.loads(each) for each in said]
+def _drive(gateways: Sequence[tuple[int, int]], *arguments: str) -> dict[str, Any]:
+    """Load *gateways*, each a port and a process, with one driver: what drives is the same."""
+    ports, processes = ([str(each[at]) for each in gateways] for at in (0, 1))
+    said = subprocess.run(
+        [sys.executable, "-m", "bench.load", *arguments, "--key", KEY,
+         "--port", *ports, "--watch", *processes],
+        stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout  # fmt: skip
+    found: dict[str, Any] = json.loads(said)
+    return found
 
 
 def _scrape(port: int) -> float:
@@ -79,8 +75,8 @@ def _scrape(port: int) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def take_turn(workers: int, gateways: int, seconds: float, connections: int) -> Turn:
-    """With *connections*, and streams, divided among so many *gateways*."""
+def take_turn(workers: int, gateways: int, seconds: float, connections: int, streams: int) -> Turn:
+    """With *connections*, and *streams*, divided among so many *gateways*."""
     with ExitStack() as stack:
         engine, *ports = free_ports(1 + 2 * gateways)
         stack.enter_context(running((sys.executable, "-m", "bench.engine", "--port", str(engine))))
@@ -89,21 +85,19 @@ def take_turn(workers: int, gateways: int, seconds: float, connections: int) -> 
         ]
         places = [(place.port, pid) for place, pid in started]
         idle = sum(resident_mb(pid) for _, pid in places)
-        busy = ("whole", "--connections", str(connections // gateways), "--seconds")
+        busy = ("whole", "--connections", str(connections), "--seconds")
         _drive(places, *busy, "1")
         whole = _drive(places, *busy, str(seconds))
-        streams = _drive(
-            places, "streams", "--connections", str(200 // gateways), "--chunks", "140"
-        )
+        flow = _drive(places, "streams", "--connections", str(streams), "--chunks", "140")
         metrics = started[0][0].metrics_port
         scrape = statistics.median(_scrape(metrics) for _ in range(20))
-    windows = [found["window"] for found in streams]
+    window = flow["window"]
     return Turn(
-        request=_sum(whole, "cpu_s") / _sum(whole, "requests") * 1e6,
-        chunk=_sum(windows, "cpu_s") / _sum(windows, "chunks") * 1e6,
+        request=whole["cpu_s"] / whole["requests"] * 1e6,
+        chunk=window["cpu_s"] / window["chunks"] * 1e6,
         idle=idle,
         scrape=scrape,
-        failed=int(_sum(whole, "failed") + _sum(streams, "failed")),
+        failed=whole["failed"] + flow["failed"],
     )
 
 
@@ -119,26 +113,27 @@ def _start(stack: ExitStack, workers: int, engine: int, ports: Sequence[int]) ->
     return place, process.pid
 
 
-def _sum(found: Sequence[dict[str, Any]], name: str) -> float:
-    return sum(each[name] for each in found)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
-    parser.add_argument("--each", type=int, help="connections for each worker; else 16 in all")
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--each", action="store_true", help="as many for each worker, not in all")
     parser.add_argument("--apart", type=int, nargs="*", default=[], help="so many gateways, too")
     asked = parser.parse_args()
     shapes = [(count, 1) for count in asked.workers] + [(1, count) for count in asked.apart]
     turns: dict[tuple[int, int], list[Turn]] = {shape: [] for shape in shapes}
     for _ in range(asked.rounds):
         for workers, gateways in shapes:
-            connections = (asked.each or 0) * workers * gateways or 16
+            times = workers * gateways if asked.each else 1
             turns[workers, gateways].append(
-                take_turn(workers, gateways, asked.seconds, connections)
-            )
+                take_turn(
+                    workers, gateways, asked.seconds,
+                    asked.connections * times, asked.streams * times,
+                )
+            )  # fmt: skip
     print(
         "| Workers | Gateways | CPU, us/request | CPU, us/chunk | Idle, MB | Scrape, ms | Failed |"
     )
