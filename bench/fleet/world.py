@@ -28,6 +28,7 @@ from citadel_gateway.errors import GatewayError
 from citadel_gateway.io.dial import Origin
 from citadel_gateway.io.logs import JsonLog
 from citadel_gateway.io.store.membership import Membership
+from citadel_gateway.io.ticks import PHASE
 from citadel_gateway.policy.circuit_breaker import State, Verdict
 from citadel_gateway.policy.endpoint import Endpoint, Slot
 from citadel_gateway.policy.waitroom import Refused, Ticket
@@ -136,6 +137,7 @@ class Gateway:
     requests: trio.Nursery = attrs.field(init=False)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        PHASE.set(trio.current_time())
         with self.scope:
             async with self.service.open(), trio.open_nursery() as self.requests:
                 task_status.started()

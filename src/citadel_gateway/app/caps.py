@@ -10,7 +10,6 @@ noticed; until then by what it has.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -21,6 +20,7 @@ from citadel_gateway.app.group import Group
 from citadel_gateway.io.admission import Admission
 from citadel_gateway.io.store.base import StoreUnavailable
 from citadel_gateway.io.store.membership import Membership
+from citadel_gateway.io.ticks import next_tick
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.shares import Need
 
@@ -93,13 +93,12 @@ class Caps:
             await self.report()
             self.begun.set()
             members, shares = self.membership.members, self._shares.values()
-            await trio.sleep(max(_SOONEST, members / _MOST_URGENT))
-            if any(share.is_owed for share in shares):
-                continue
-            waits = self._is_contended or any(share.wants for share in shares)
-            pause = max(_WAITING, members / _MOST_WAITING) if waits else self._pause()
-            with trio.move_on_after(pause):
-                await self._hurry.wait()
+            soonest = trio.current_time() + max(_SOONEST, members / _MOST_URGENT)
+            if not any(share.is_owed for share in shares):
+                with trio.move_on_at(self._next_report()):
+                    await self._hurry.wait()
+            if trio.current_time() < soonest:
+                await trio.sleep_until(soonest)
             self._hurry = trio.Event()
 
     async def report(self) -> None:
@@ -127,14 +126,17 @@ class Caps:
         except StoreUnavailable:
             return
 
-    def _pause(self) -> float:
-        """Seconds until there is something to report, if nothing happens before."""
-        every, now = self.membership.store.every, trio.current_time()
+    def _next_report(self) -> float:
+        """When there is something to report, if nothing happens before."""
+        now, members = trio.current_time(), self.membership.members
+        if self._is_contended or any(share.wants for share in self._shares.values()):
+            return now + max(_WAITING, members / _MOST_WAITING)
+        every = self.membership.store.every
         if self._is_short:
-            return every
+            return next_tick(every)
         oldest = min((share.reported_at for share in self._shares.values()), default=now)
-        # In whole steps, so that caps are reported together and no more often than that.
-        return every * math.ceil(max(every, oldest + self._every() - now) / every)
+        # With the meetings, so that caps are reported together and nobody wakes up for one alone.
+        return next_tick(every, about=oldest + self._every() - now)
 
     def _every(self) -> float:
         """Seconds between two reports of a cap of which there is nothing to say."""

@@ -50,8 +50,8 @@ class HostMetrics:
             ["result"],
         )
 
-    def take(self, source: int, text: str) -> None:
-        self._pages.take(source, text)
+    def take(self, source: int, text: str, *, is_whole: bool = True) -> None:
+        self._pages.take(source, text, is_whole=is_whole)
 
     def leave(self, source: int) -> None:
         self._pages.leave(source)

@@ -12,6 +12,7 @@ from citadel_gateway.config.schema import PerformanceConfig
 from citadel_gateway.errors import GatewayError, overloaded
 from citadel_gateway.io import descriptors, memory
 from citadel_gateway.io.buffers import Buffers
+from citadel_gateway.io.ticks import sleep_until_tick
 from citadel_gateway.policy.watermarks import Level, Use, Watermark, come_again_in, is_near
 
 MEMORY, DESCRIPTORS, BUFFERS = "memory", "descriptors", "buffers"
@@ -72,7 +73,7 @@ class Overload:
         """Look for ever."""
         while True:
             self.look(trio.current_time())
-            await trio.sleep(_EVERY)
+            await sleep_until_tick(_EVERY)
 
     def look(self, now: float) -> None:
         """See how much is used, and tell what has changed."""

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 import attrs
 import orjson
-import trio
 
 from citadel_gateway.io.store.membership import Membership
+from citadel_gateway.io.ticks import sleep_until_tick
 
 _EVERY = 10.0  # seconds between two signs of life
 _GONE = 35.0  # seconds after the last one
@@ -39,7 +39,7 @@ class Presence:
         while True:
             said = {"workers": self.workers, "at": round(self.membership.now())}
             self.membership.post(_KIND + self.host, orjson.dumps(said).decode())
-            await trio.sleep(_EVERY)
+            await sleep_until_tick(_EVERY)
 
     def report(self) -> list[dict[str, Any]]:
         """For ``/models/status``: this host first, then those that were heard of lately."""

@@ -19,6 +19,7 @@ from citadel_gateway.config.schema import GatewayConfigSchema
 from citadel_gateway.io.config_file import ConfigFile
 from citadel_gateway.io.endpoint_files import in_thread
 from citadel_gateway.io.logs import redact
+from citadel_gateway.io.ticks import next_tick
 
 _EVERY = 1.0  # seconds between two looks at the file
 
@@ -75,7 +76,7 @@ class Reloader:
     async def run(self) -> NoReturn:
         """Wait for changes, for ever; one is dealt with at a time."""
         while True:
-            with trio.move_on_after(_EVERY):
+            with trio.move_on_at(next_tick(_EVERY)):
                 await self._asked.wait()
             if self._asked.is_set():
                 self._asked = trio.Event()

@@ -62,6 +62,7 @@ from citadel_gateway.io.store.membership import Membership
 from citadel_gateway.io.successor import Successor, SuccessorFailed
 from citadel_gateway.io.supervisor import supervise
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
+from citadel_gateway.io.ticks import sleep_until_tick
 from citadel_gateway.io.transport import make_probe_client
 from citadel_gateway.io.upstream import UpstreamClient
 from citadel_gateway.policy.circuit_breaker import Transition
@@ -556,7 +557,7 @@ class UnifiedAPIGatewayService:
         """Close what has been idle for too long; forget clients that have not been seen."""
         forget_at = trio.current_time() + _FORGET
         while True:
-            await trio.sleep(_UPKEEP)
+            await sleep_until_tick(_UPKEEP)
             await self.pool.prune()
             self.admission.pump()
             if trio.current_time() >= forget_at:

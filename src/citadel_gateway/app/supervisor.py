@@ -46,6 +46,7 @@ from citadel_gateway.io.listening import (
 from citadel_gateway.io.logs import JsonLog, redact
 from citadel_gateway.io.spawn import CannotSpawn
 from citadel_gateway.io.systemd import Notifier, feed_watchdog
+from citadel_gateway.io.ticks import sleep_until_tick
 from citadel_gateway.io.workers import Orders, Said, missed_orders, spawn_worker
 from citadel_gateway.policy.respawn import Respawn
 
@@ -292,7 +293,7 @@ class Supervisor:
         """Kill who has stopped answering: it holds connections that nobody will serve."""
         looked_at = trio.current_time()
         while True:
-            await trio.sleep(_LOOKS)
+            await sleep_until_tick(_LOOKS)
             now = trio.current_time()
             for worker in self._workers:
                 if now - looked_at > _ASLEEP:
@@ -504,7 +505,7 @@ class Supervisor:
     def _take_page(self, worker: Worker, page: Mapping[str, Any]) -> None:
         if page["made"] > worker.last_page and worker in self._workers:
             worker.last_page = page["made"]
-            self.metrics.take(worker.pid, page["text"])
+            self.metrics.take(worker.pid, page["text"], is_whole=page["is_whole"])
 
     def _tell_all(self, what: str, body: Any = None) -> None:
         for worker in self._workers:

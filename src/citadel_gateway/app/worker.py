@@ -28,6 +28,7 @@ from citadel_gateway.io.crowd import Crowd, Turns
 from citadel_gateway.io.heap import keep_collections_short
 from citadel_gateway.io.listening import Inherited
 from citadel_gateway.io.logs import JsonLog
+from citadel_gateway.io.ticks import sleep_until_tick
 from citadel_gateway.io.workers import (
     CROWD_DESCRIPTOR,
     NOT_FOR_WORKERS,
@@ -36,8 +37,7 @@ from citadel_gateway.io.workers import (
     Said,
 )
 
-_BEAT = 0.5  # seconds between two signs of life
-_PAGE = 1.0  # seconds between two pages of metrics that nobody has asked for, at least
+_BEAT = 1.0  # seconds between two signs of life, and pages of metrics that nobody has asked for
 _PAGE_IDLE = 10.0  # while no request ends: what else there is to count is not worth one a second
 _PAGES_COST = 0.005  # of a core, at most
 _ANSWERS_WITHIN = 3.0
@@ -135,18 +135,19 @@ class Worker:
             began = trio.current_time()
             if began >= page_at and (metrics.ended != told or began >= old_at):
                 told = metrics.ended
-                self.channel.tell(Said.PAGE, await self._page())
+                self.channel.tell(Said.PAGE, await self._page(is_whole=False))
                 now = trio.current_time()
-                page_at = now + max(_PAGE, (now - began) / _PAGES_COST)
+                page_at = now + (now - began) / _PAGES_COST
                 old_at = now + _PAGE_IDLE
-            await trio.sleep(_BEAT)
+            await sleep_until_tick(_BEAT)
 
-    async def _page(self) -> Json:
+    async def _page(self, *, is_whole: bool = True) -> Json:
         """Numbered, because an answer may overtake what was not asked for."""
         async with self._paging:
-            text = (await self.service.metrics.render()).decode()
+            render = self.service.metrics.render if is_whole else self.service.metrics.render_own
+            text = (await render()).decode()
             self._pages += 1
-            return {"made": self._pages, "text": text}
+            return {"made": self._pages, "text": text, "is_whole": is_whole}
 
     def _hear(self, what: str, body: Any) -> None:
         match what:

@@ -18,6 +18,7 @@ import attrs
 import trio
 
 from citadel_gateway.io.tcp_stream import TcpStream
+from citadel_gateway.io.ticks import sleep_until_tick
 
 _LEFT = select.EPOLLRDHUP | select.EPOLLET  # errors and resets are always reported
 _MOST = 1024
@@ -80,7 +81,7 @@ class Departures:
     async def _watch_for_input(self) -> NoReturn:
         while True:
             await trio.lowlevel.wait_readable(self._unread.fileno())
-            await trio.sleep(_LOOK_EVERY)  # most of it is read by whoever waits for it
+            await sleep_until_tick(_LOOK_EVERY)  # most of it is read by whoever waits for it
             for descriptor, _ in self._unread.poll(0, _MOST):
                 if (leaver := self._watched.get(descriptor)) is not None:
                     leaver.read_ahead()

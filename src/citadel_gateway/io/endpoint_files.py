@@ -17,6 +17,7 @@ from citadel_gateway.config.endpoint_list import load_endpoints
 from citadel_gateway.config.loader import ConfigError, read_text
 from citadel_gateway.config.schema import EndpointConfig, ModelConfig
 from citadel_gateway.io.config_file import Stamp, stamp_of
+from citadel_gateway.io.ticks import sleep_until_tick
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ class EndpointFiles:
     async def run(self) -> NoReturn:
         """Read every file again when it has changed, for ever."""
         while True:
-            await trio.sleep(_EVERY)
+            await sleep_until_tick(_EVERY)
             for file in [*self._files.values()]:
                 async with file.lock:
                     if file.loaded != _NEVER and await self.in_thread(file.has_changed):

@@ -88,12 +88,27 @@ class HostPage:
     whole: frozenset[str] = frozenset()
     remembers: float = 300.0
     _pages: dict[int, Page] = attrs.field(factory=dict, init=False)
+    _unread: dict[int, str] = attrs.field(factory=dict, init=False)
     _gone: Page = attrs.field(factory=dict, init=False)
     _absent: dict[tuple[str, str], float] = attrs.field(factory=dict, init=False)
 
-    def take(self, source: int, text: str) -> None:
-        """The latest page of *source*; it replaces the one before."""
-        page = parse_page(text)
+    def take(self, source: int, text: str, *, is_whole: bool = True) -> None:
+        """The latest page of *source*; it replaces the one before.
+
+        One that is not whole leaves families as they were that are not on it.  It is read when it
+        is needed, which most are not: another one comes before.
+        """
+        if is_whole:
+            self._unread.pop(source, None)
+            self._replace(source, parse_page(text))
+        else:
+            self._unread[source] = text
+
+    def _read(self, source: int) -> None:
+        if (text := self._unread.pop(source, None)) is not None:
+            self._replace(source, {**self._pages.get(source, {}), **parse_page(text)})
+
+    def _replace(self, source: int, page: Page) -> None:
         for name, family in self._pages.get(source, {}).items():
             if not family.is_kept:
                 continue
@@ -105,6 +120,7 @@ class HostPage:
 
     def leave(self, source: int) -> None:
         """There will be no more pages of *source*; what it has counted stays."""
+        self._read(source)
         for family in self._pages.pop(source, {}).values():
             if family.is_kept:
                 for key, value in family.samples.items():
@@ -112,6 +128,8 @@ class HostPage:
 
     def pieces(self) -> Iterator[str]:
         """The text, a family at a time."""
+        for source in [*self._unread]:
+            self._read(source)
         taking = [page for page in self._pages.values() if not _is_draining(page)]
         taking = taking or [*self._pages.values()]
         everybody = [self._gone, *self._pages.values()]

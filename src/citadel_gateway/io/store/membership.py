@@ -18,6 +18,7 @@ import attrs
 import trio
 
 from citadel_gateway.io.store.base import Buckets, Store, StoreUnavailable
+from citadel_gateway.io.ticks import next_tick
 from citadel_gateway.policy.board import News, Statement
 from citadel_gateway.policy.claim import Claim, spend_leased
 from citadel_gateway.policy.rate_limit import Allowance, Refusal, take_share, tightest
@@ -132,7 +133,7 @@ class Membership:
         """Meet the others for ever."""
         while True:
             await self.meet()
-            with trio.move_on_after(self.store.every):
+            with trio.move_on_at(next_tick(self.store.every)):
                 await self._hurry.wait()
             self._hurry = trio.Event()
 
