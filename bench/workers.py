@@ -3,12 +3,14 @@
 CPU of the gateway's whole process tree, the supervisor included: over the answers, with 16 kept
 connections that each send their next request when they have the answer; and over the chunks of 200
 streams.  With ``--each`` there are as many of both for each worker: then a worker has as much to do
-at once, however many there are.  The turns alternate, so that a machine that gets busier is busier
-for all; medians.
+at once, however many there are.
 
-With ``--apart``, so many gateways of one worker each carry the same load, from the same engine,
-and share nothing: what they cost more than one is the machine's, and what workers cost more than
-they do is the price of being one.
+With ``--apart``, so many gateways of one worker each carry the same load, from the same engine and
+driver, and share nothing: what they cost more than one is the machine's, and what workers cost more
+than they do is the price of being one.
+
+All run at the same time and are loaded in turns of seconds.  A machine that gets busier is busier
+for all of a round, so each is compared to the first of the same round; medians.
 """
 
 from __future__ import annotations
@@ -34,11 +36,10 @@ from bench.processes import free_ports, resident_mb, running, wait_until_quiet
 
 @attrs.frozen
 class Turn:
-    """CPU in microseconds, memory in MB, a scrape in milliseconds."""
+    """CPU in microseconds, a scrape in milliseconds."""
 
     request: float
     chunk: float
-    idle: float
     scrape: float
     failed: int
 
@@ -75,34 +76,64 @@ def _scrape(port: int) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def take_turn(workers: int, gateways: int, seconds: float, connections: int, streams: int) -> Turn:
-    """With *connections*, and *streams*, divided among so many *gateways*."""
-    with ExitStack() as stack:
-        engine, *ports = free_ports(1 + 2 * gateways)
-        stack.enter_context(running((sys.executable, "-m", "bench.engine", "--port", str(engine))))
-        started = [
-            _start(stack, workers, engine, ports[2 * at : 2 * at + 2]) for at in range(gateways)
-        ]
-        places = [(place.port, pid) for place, pid in started]
-        idle = sum(resident_mb(pid) for _, pid in places)
-        busy = ("whole", "--connections", str(connections), "--seconds")
-        _drive(places, *busy, "1")
-        whole = _drive(places, *busy, str(seconds))
-        flow = _drive(places, "streams", "--connections", str(streams), "--chunks", "140")
-        metrics = started[0][0].metrics_port
-        scrape = statistics.median(_scrape(metrics) for _ in range(20))
-    window = flow["window"]
-    return Turn(
-        request=whole["cpu_s"] / whole["requests"] * 1e6,
-        chunk=window["cpu_s"] / window["chunks"] * 1e6,
-        idle=idle,
-        scrape=scrape,
-        failed=whole["failed"] + flow["failed"],
+@attrs.frozen
+class Shape:
+    """So many workers in each of so many gateways."""
+
+    workers: int
+    gateways: int
+
+
+@attrs.define(eq=False)
+class Contestant:
+    """The gateways of one shape, each a port and a process, and what they took in each round."""
+
+    places: list[tuple[int, int]]
+    metrics_port: int
+    times: int  # the load
+    idle: float  # MB
+    turns: list[Turn] = attrs.field(factory=list)
+
+    def take_turn(self, asked: argparse.Namespace) -> Turn:
+        connections, streams = asked.connections * self.times, asked.streams * self.times
+        seconds = ("--seconds", str(asked.seconds))
+        whole = _drive(self.places, "whole", "--connections", str(connections), *seconds)
+        flow = _drive(
+            self.places, "streams", "--connections", str(streams), "--leave",
+            "--chunks", "200", "--window", str(asked.seconds),
+        )  # fmt: skip
+        window = flow["window"]
+        return Turn(
+            request=whole["cpu_s"] / whole["requests"] * 1e6,
+            chunk=window["cpu_s"] / window["chunks"] * 1e6,
+            scrape=statistics.median(_scrape(self.metrics_port) for _ in range(5)),
+            failed=whole["failed"] + flow["failed"],
+        )
+
+    def median(self, what: str) -> float:
+        return statistics.median(self._took(what))
+
+    def times_of(self, first: Contestant, what: str) -> float:
+        """How many times what *first* took in the same rounds."""
+        pairs = zip(self._took(what), first._took(what), strict=True)
+        return statistics.median(own / theirs for own, theirs in pairs)
+
+    def _took(self, what: str) -> list[float]:
+        return [getattr(turn, what) for turn in self.turns]
+
+
+def _contestant(stack: ExitStack, shape: Shape, engine: int, times: int) -> Contestant:
+    started = [_start(stack, shape.workers, engine) for _ in range(shape.gateways)]
+    return Contestant(
+        places=[(place.port, pid) for place, pid in started],
+        metrics_port=started[0][0].metrics_port,
+        times=times,
+        idle=sum(resident_mb(pid) for _, pid in started),
     )
 
 
-def _start(stack: ExitStack, workers: int, engine: int, ports: Sequence[int]) -> tuple[Place, int]:
-    port, metrics = ports
+def _start(stack: ExitStack, workers: int, engine: int) -> tuple[Place, int]:
+    port, metrics = free_ports(2)
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     place = Place(folder=Path(folder), port=port, metrics_port=metrics, engine=engine)
     file = place.write("gateway.yaml", citadel_config(place, workers=workers))
@@ -116,35 +147,39 @@ def _start(stack: ExitStack, workers: int, engine: int, ports: Sequence[int]) ->
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each load")
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--each", action="store_true", help="as many for each worker, not in all")
     parser.add_argument("--apart", type=int, nargs="*", default=[], help="so many gateways, too")
     asked = parser.parse_args()
-    shapes = [(count, 1) for count in asked.workers] + [(1, count) for count in asked.apart]
-    turns: dict[tuple[int, int], list[Turn]] = {shape: [] for shape in shapes}
-    for _ in range(asked.rounds):
-        for workers, gateways in shapes:
-            times = workers * gateways if asked.each else 1
-            turns[workers, gateways].append(
-                take_turn(
-                    workers, gateways, asked.seconds,
-                    asked.connections * times, asked.streams * times,
-                )
-            )  # fmt: skip
-    print(
-        "| Workers | Gateways | CPU, us/request | CPU, us/chunk | Idle, MB | Scrape, ms | Failed |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for (workers, gateways), found in turns.items():
-        shown = [
-            statistics.median(getattr(turn, name) for turn in found)
-            for name in ("request", "chunk", "idle", "scrape")
+    shapes = [Shape(count, 1) for count in asked.workers] + [Shape(1, n) for n in asked.apart]
+    with ExitStack() as stack:
+        (engine,) = free_ports(1)
+        stack.enter_context(running((sys.executable, "-m", "bench.engine", "--port", str(engine))))
+        contestants = [
+            _contestant(stack, each, engine, each.workers * each.gateways if asked.each else 1)
+            for each in shapes
         ]
-        numbers = " | ".join(f"{number:.1f}" for number in shown)
-        print(f"| {workers} | {gateways} | {numbers} | {sum(turn.failed for turn in found)} |")
+        for each in contestants:  # a round that does not count: all have seen every kind of load
+            each.take_turn(asked)
+        for _ in range(asked.rounds):
+            for each in contestants:
+                each.turns.append(each.take_turn(asked))
+    print("| Workers | Gateways | us/request | | us/chunk | | Idle, MB | Scrape, ms | Failed |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    first = contestants[0]
+    for shape, each in zip(shapes, contestants, strict=True):
+        cpu = " | ".join(
+            f"{each.median(what):.1f} | {each.times_of(first, what):.2f}"
+            for what in ("request", "chunk")
+        )
+        failed = sum(turn.failed for turn in each.turns)
+        print(
+            f"| {shape.workers} | {shape.gateways} | {cpu} "
+            f"| {each.idle:.1f} | {each.median('scrape'):.1f} | {failed} |"
+        )
     return 0
 
 
