@@ -136,7 +136,7 @@ class Caps:
             return next_tick(every)
         oldest = min((share.reported_at for share in self._shares.values()), default=now)
         # With the meetings, so that caps are reported together and nobody wakes up for one alone.
-        return next_tick(every, about=oldest + self._every() - now)
+        return next_tick(every, about=max(0.0, oldest + self._every() - now))
 
     def _every(self) -> float:
         """Seconds between two reports of a cap of which there is nothing to say."""
