@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,11 @@ async def test_two_gateways_on_one_redis_agree_after_sessions_have_moved(tmp_pat
                 engine.routes["GET", "/health"] = status(200)
                 engine.default = whole_chat("ok")
 
+                unused = count()  # who began while it was down stays elsewhere
+
                 async def is_back() -> bool:
-                    found = {(await say(other.port, f"new-{n}"))[1] for n in range(20)}
-                    return down in found
+                    new = [f"new-{next(unused)}" for _ in range(20)]
+                    return down in {(await say(other.port, session))[1] for session in new}
 
                 async def agrees() -> bool:
                     return await places(other) == after
