@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from tests.support.ledger import total
 from tests.support.raw_client import NoResponseError
 from tests.support.redis_groups import cluster, watched
 from tests.support.redis_server import RedisServer, running_redis
-from tests.support.scripted_engine import MODEL, Script, sleep, status, whole_chat
-from tests.support.several import GatewayProcess, Load, configuration, engines, gateways
+from tests.support.scripted_engine import MODEL, Script, ScriptedEngine, sleep, status, whole_chat
+from tests.support.several import ASK, CHAT, GatewayProcess, Load, configuration, engines, gateways
 
 PATIENCE = 60.0
 LOST = "the store cannot be asked: local limits, each gateway its share, until it can"
@@ -197,6 +199,43 @@ async def test_a_breaker_that_one_gateway_opens_is_open_for_all(
 
     assert refused == [503] * 3
     assert none_asked
+
+
+async def test_an_operators_orders_to_one_gateway_count_for_all(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    key = "sk-operator-" + "x" * 32
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    keys = {"api_keys": [{"id": "operator", "sha256": digest, "admin": True}]}
+    with trio.fail_after(PATIENCE):
+        async with engines(2) as ([configured, added], ports):
+            first, second = (f"http://127.0.0.1:{port}" for port in ports)
+            config = configuration(ports[:1], store, security=keys)
+            async with gateways(tmp_path, 2, config) as several:
+
+                async def order(place: int, what: str, **body: str) -> int:
+                    path = f"/admin/endpoints/{what}"
+                    return (await several[place].request("POST", path, body, key)).status
+
+                async def serve_from(one: ScriptedEngine, none: ScriptedEngine) -> bool:
+                    before = len(one.posts), len(none.posts)
+                    asked = [await gateway.request("POST", CHAT, ASK, key) for gateway in several]
+                    after = len(one.posts), len(none.posts)
+                    is_answered = all(answer.status == 200 for answer in asked)
+                    return is_answered and after == (before[0] + len(several), before[1])
+
+                statuses = [
+                    await order(0, "add", endpoint=second, model=MODEL),
+                    await order(1, "cordon", endpoint=first),
+                ]
+                await until(partial(serve_from, added, configured))
+                statuses += [
+                    await order(0, "uncordon", endpoint=first),
+                    await order(0, "remove", endpoint=second),
+                ]
+                await until(partial(serve_from, configured, added))
+
+    assert statuses == [200] * 4
 
 
 # A store that is slow or gone.

@@ -347,6 +347,25 @@ async def test_what_a_member_posts_under_its_own_name_goes_with_it(make: Opening
         assert news.posts.keys() == {"two", "of one", "of two", "of three"}
 
 
+async def test_what_was_posted_goes_with_the_last_who_could_have_taken_it_back(
+    make: Opening,
+) -> None:
+    clock = Clock()
+    async with make(clock) as store:
+        await store.meet(says("one", posts={"cordon a": "yes"}))
+        clock.now += LEASE - 0.1
+        seen = (await store.meet(says("two"))).version
+        clock.now += 0.2
+        assert (await store.meet(says("other"))).posts == {"cordon a": "yes"}
+        clock.now += LEASE + 0.1
+
+        assert (await store.meet(says("late"))).posts == {}
+        back = await store.meet(says("two", seen=seen, posts={"cordon b": "yes"}))
+        assert back.was_emptied
+        assert not (await store.meet(says("two", seen=back.version))).was_emptied
+        assert (await store.meet(says("late", seen=seen))).posts == {"cordon b": "yes"}
+
+
 async def test_members_notice_that_the_board_was_emptied(make: Opening) -> None:
     clock = Clock()
     async with make(clock) as store:

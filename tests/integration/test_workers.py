@@ -25,8 +25,11 @@ from tests.support.scripted_engine import (
     MODEL,
     LedgerEntry,
     Script,
+    ScriptedEngine,
     answered,
+    serve_tcp,
     sleep,
+    status,
     stream_chat,
     whole_chat,
 )
@@ -363,6 +366,39 @@ async def test_endpoints_that_are_added_reach_all_workers_and_those_that_come_la
     assert later == rolled == [more] * 4
     assert removed.json()["drained"]
     assert after == [before] * 4
+
+
+async def test_the_models_of_a_backend_come_and_go_at_all_workers(tmp_path: Path) -> None:
+    backend = ScriptedEngine(default=whole_chat("ok"))
+
+    def lists(*names: str) -> None:
+        listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+        backend.routes["GET", "/v1/models"] = status(200, json.dumps(listed).encode())
+
+    async with trio.open_nursery() as nursery:
+        lists("one")
+        url = f"http://127.0.0.1:{await serve_tcp(backend, nursery)}"
+        sections = {"backends": [{"url": url}], "load_balancer": {"models_interval": 1}}
+        async with serving(tmp_path, 2, sections=sections) as gateway:
+
+            async def answers(name: str) -> set[int]:
+                """Of a dozen connections, which the workers share."""
+                asked = [await gateway.get(CHAT, "POST", {**ASK, "model": name}) for _ in range(12)]
+                return {answer.status for answer in asked}
+
+            async def until_all_say(code: int, name: str) -> None:
+                while await answers(name) != {code}:  # noqa: ASYNC110
+                    await trio.sleep(0.1)
+
+            at_first = await answers("one"), await answers("two")
+            lists("two")
+            await until_all_say(404, "one")
+            await until_all_say(200, "two")
+            listed = [(await gateway.get("/v1/models")).json()["data"] for _ in range(6)]
+        nursery.cancel_scope.cancel()
+
+    assert at_first == ({200}, {404})
+    assert all("two" in {model["id"] for model in each} for each in listed)
 
 
 async def test_the_service_manager_hears_of_one_gateway(tmp_path: Path) -> None:

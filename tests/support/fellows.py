@@ -24,16 +24,43 @@ from tests.support.scripted_engine import ScriptedEngine
 class Fellows:
     """The gateways, each with its own view of what they share."""
 
-    worlds: list[World]
-    stores: list[MemoryStore]
-    memory: Memory
+    config: Mapping[str, Any]
+    seed: int
+    net: MemoryNet
     engines: dict[str, ScriptedEngine]
+    opened: AsyncExitStack
+    connections: trio.Nursery
+    memory: Memory = attrs.field(factory=Memory)
+    worlds: list[World] = attrs.field(factory=list)
+    stores: list[MemoryStore] = attrs.field(factory=list)
 
     def __iter__(self) -> Any:
         return iter(self.worlds)
 
     def __getitem__(self, place: int) -> World:
         return self.worlds[place]
+
+    async def join(self, host: str | None = None) -> World:
+        """One more, on *host* if that matters."""
+
+        async def connect(origin: Origin) -> anyio.abc.ByteStream:
+            return await self.net.connect(origin.host, origin.port)
+
+        store, log = MemoryStore(self.memory), CapturedLog()
+        service = UnifiedAPIGatewayService(
+            parse(dict(self.config), source="test"),
+            connect=connect,
+            rng=random.Random(self.seed + len(self.worlds)),
+            log=log,
+            store=store,
+        )
+        if host is not None and service.peers is not None:
+            service.peers.findings.host = host
+        await self.opened.enter_async_context(service.open())
+        world = World(service, self.net, log, self.engines, self.connections)
+        self.stores.append(store)
+        self.worlds.append(world)
+        return world
 
 
 @asynccontextmanager
@@ -43,29 +70,14 @@ async def fellows(
     """*count* gateways, opened one after the other, in front of engines on *hosts*."""
     with repeatable(seed):
         async with trio.open_nursery() as nursery:
-            net, memory = MemoryNet(nursery), Memory()
-
-            async def connect(origin: Origin) -> anyio.abc.ByteStream:
-                return await net.connect(origin.host, origin.port)
-
-            engines = {host: ScriptedEngine() for host in hosts}
+            net, engines = MemoryNet(nursery), {host: ScriptedEngine() for host in hosts}
             for host, engine in engines.items():
                 net.listen(host, PORT, engine.serve)
-            made = Fellows([], [], memory, engines)
             async with AsyncExitStack() as opened:
                 connections = await opened.enter_async_context(trio.open_nursery())
-                for place in range(count):
-                    store, log = MemoryStore(memory), CapturedLog()
-                    service = UnifiedAPIGatewayService(
-                        parse(dict(config), source="test"),
-                        connect=connect,
-                        rng=random.Random(seed + place),
-                        log=log,
-                        store=store,
-                    )
-                    await opened.enter_async_context(service.open())
-                    made.stores.append(store)
-                    made.worlds.append(World(service, net, log, engines, connections))
+                made = Fellows(config, seed, net, engines, opened, connections)
+                for _ in range(count):
+                    await made.join()
                 yield made
                 connections.cancel_scope.cancel()
             nursery.cancel_scope.cancel()

@@ -206,8 +206,12 @@ class Findings:
 
     def name(self, endpoint: Endpoint) -> str:
         """The same for every gateway for which it is the same server."""
-        name = f"{endpoint.model} {endpoint.url}"
-        return f"{name} on {self.host}" if _is_local(endpoint.url) else name
+        name, host = f"{endpoint.model} {endpoint.url}", self.host_of(endpoint.url)
+        return name if host is None else f"{name} on {host}"
+
+    def host_of(self, url: str) -> str | None:
+        """The host on which alone *url* means what it does here."""
+        return self.host if _is_local(url) else None
 
     def _to_store(self, time: float, now: float) -> float:
         return time - now + self.membership.now()

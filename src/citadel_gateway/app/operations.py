@@ -90,12 +90,14 @@ class Operations:
     :param pump: calls requests in the queue for which things may have changed.
     :param follow: lets the fleet be as is known now.
     :param on_order: told what was done to which endpoint, for the log.
+    :param on_change: told that something is otherwise than before, by order.
     """
 
     balancer: Callable[[], LoadBalancer]
     pump: Callable[[], None]
     follow: Callable[[], None]
     on_order: Callable[[str, Endpoint], None]
+    on_change: Callable[[], None] = attrs.field(default=lambda: None, init=False)
 
     async def carry_out(self, what: str, order: Order) -> dict[str, Any]:
         """Raises ``GatewayError`` 400 or 404.
@@ -168,6 +170,36 @@ class Operations:
                 self._added(order)
             case _:
                 self._find(order)
+
+    def take_over(
+        self,
+        cordons: Mapping[tuple[str, str], bool],
+        added: Mapping[tuple[str, str], Mapping[str, Any] | None],
+    ) -> None:
+        """Do as operators have ordered elsewhere.
+
+        :param cordons: by model and URL, whether it is out of service.
+        :param added: the same for what was added, or is to be no more.
+        """
+        balancer = self.balancer()
+        before = self._serving()
+        for (model, url), options in added.items():
+            if options is None:
+                balancer.discovery.additions.drop(model, url)
+            else:
+                balancer.discovery.additions.put(model, url, options)
+        changed = balancer.cordons.follow(cordons, self._all(), trio.current_time())
+        self.follow()
+        after = self._serving()
+        for what, endpoints in (
+            ("added", _without(after, before)),
+            ("removed", _without(before, after)),
+            ("cordoned", [e for e in changed if e.cordoned]),
+            ("uncordoned", [e for e in changed if not e.cordoned]),
+        ):
+            for endpoint in endpoints:
+                self.on_order(what, endpoint)
+        self.pump()
 
     def added(self) -> list[tuple[str, str, Mapping[str, Any]]]:
         """What was added, for :meth:`restore_added`: models, URLs and options."""
@@ -249,6 +281,7 @@ class Operations:
             self.on_order(what, endpoint)
         self.follow()  # others may stand in for them
         self.pump()
+        self.on_change()
 
     def _all(self) -> list[Endpoint]:
         return [u.endpoint for u in (*self.balancer().upstreams, *self.balancer().leaving)]
@@ -275,6 +308,11 @@ class Operations:
                 for e in endpoints
             ]
         }
+
+
+def _without(endpoints: list[Endpoint], others: list[Endpoint]) -> list[Endpoint]:
+    known = {*others}
+    return [endpoint for endpoint in endpoints if endpoint not in known]
 
 
 async def _wait_until_idle(

@@ -10,8 +10,10 @@ import trio
 
 from citadel_gateway.app.caps import Caps
 from citadel_gateway.app.findings import Findings
+from citadel_gateway.app.fleet_orders import FleetOrders
 from citadel_gateway.app.load_balancer import LoadBalancer
 from citadel_gateway.app.measure import all_upstreams
+from citadel_gateway.app.operations import Operations
 from citadel_gateway.app.presence import Presence
 from citadel_gateway.app.session_news import SessionNews
 from citadel_gateway.app.watch import Watch
@@ -70,6 +72,10 @@ class Peers:
             endpoints=lambda: (u.endpoint for u in self.balancer().upstreams),
             name=self.findings.name,
         )
+
+    def share_orders(self, operations: Operations) -> None:
+        """What operators want here counts for all, and the other way round."""
+        FleetOrders(self.membership, operations, host_of=self.findings.host_of)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[Any]]]:
         """What is to run for as long as the gateway is open, besides the store itself."""

@@ -175,6 +175,8 @@ class UnifiedAPIGatewayService:
             lambda: self.watch.follow(),
             self._chronicle.order,
         )
+        if self.peers is not None:
+            self.peers.share_orders(self.operations)
         self.host: Host = Alone(self.metrics, self.operations)
         self.reloader: Reloader | None = None
         if file is not None:

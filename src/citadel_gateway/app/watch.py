@@ -85,6 +85,8 @@ class Watch:
 
     async def look_once(self, within: float) -> None:
         """Probe every endpoint that there is, as far as can be known *within* that time."""
+        if self.sharing is not None:
+            await self.sharing.divide()  # others may know of endpoints that were added by order
         with trio.move_on_after(within):
             await self.balancer.discover()
         for upstream in self.balancer.upstreams:

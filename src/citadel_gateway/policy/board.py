@@ -10,7 +10,9 @@ What a member posts under its own name goes with it: that way nothing is kept fo
 come back.
 
 A board that has lost everything is one that nobody has come by yet: members notice by its version,
-which went back, and leave their posts again.
+which went back, and leave their posts again.  Where nobody's word holds any more, what was posted
+is of members who have gone, and is taken down.  Should one of them come back, it is told the same,
+and hears what there is from the start.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class News:
     :param members: how many there are, with itself.
     :param won: those of its claims that it has.
     :param posts: what is newer than what it saw, its own included.
-    :param was_emptied: the board knows less than it did when the member saw it.
+    :param was_emptied: the board may know less than it did when the member saw it.
     """
 
     version: int
@@ -79,6 +81,11 @@ class Board:
         if statement.lease > 0:
             self._bound(until)
         self._forget(now)
+        if not self.members:
+            self.posts.clear()
+        was_emptied = statement.seen > self.version or (
+            statement.seen > 0 and me not in self.members
+        )
         for task in [t for t, (who, _) in self.holders.items() if who == me]:
             del self.holders[task]
         if statement.lease > 0:
@@ -88,7 +95,6 @@ class Board:
         else:
             self._strike(me)
         won = {t for t in statement.claims if self.holders.get(t, [None])[0] == me}
-        was_emptied = statement.seen > self.version
         seen = 0 if was_emptied else statement.seen
         for name, text in statement.posts.items():
             self.version += 1

@@ -6,7 +6,7 @@ a new endpoint, and it must not come back into service by that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import attrs
 
@@ -40,6 +40,23 @@ class Cordons:
             self.names.difference_update(_names_of(endpoint))
             endpoint.uncordon(now)
         self.names.update((other.model, other.url) for other in others if other.cordoned)
+
+    def follow(
+        self, said: Mapping[tuple[str, str], bool], endpoints: Iterable[Endpoint], now: float
+    ) -> list[Endpoint]:
+        """Know of each name whether it is cordoned; returns of *endpoints* those that change."""
+        self.names.update(name for name, is_cordoned in said.items() if is_cordoned)
+        self.names.difference_update(name for name, cordoned in said.items() if not cordoned)
+        changed = []
+        for endpoint in endpoints:
+            is_cordoned = not self.names.isdisjoint(_names_of(endpoint))
+            if is_cordoned != endpoint.cordoned:
+                changed.append(endpoint)
+                if is_cordoned:
+                    endpoint.cordon()
+                else:
+                    endpoint.uncordon(now)
+        return changed
 
 
 def is_called(endpoint: Endpoint, url: str) -> bool:

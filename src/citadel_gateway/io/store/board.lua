@@ -36,6 +36,8 @@ end
 for task, holder in pairs(board.holders) do
   if holder[2] <= now or holder[1] == said.member then board.holders[task] = nil end
 end
+if not next(board.members) then redis.call('DEL', KEYS[2], KEYS[3]) end  -- of those who have gone
+local emptied = said.seen > board.version or said.seen > 0 and not board.members[said.member]
 local won = {}
 if said.lease > 0 then
   board.members[said.member] = now + said.lease
@@ -46,7 +48,6 @@ if said.lease > 0 then
 else
   strike(said.member)
 end
-local emptied = said.seen > board.version
 local seen = emptied and 0 or said.seen
 for _, post in ipairs(said.posts) do
   board.version = board.version + 1

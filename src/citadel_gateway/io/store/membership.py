@@ -125,6 +125,10 @@ class Membership:
         self._outbox[name] = f"{self.name} {text}"
         self.hurry()
 
+    def keep(self, name: str, text: str) -> None:
+        """Should the store lose everything, say it again, though it was another one who said it."""
+        self._posted[name] = f"{self.name} {text}"
+
     def hurry(self) -> None:
         """Meet the others at once."""
         self._hurry.set()
