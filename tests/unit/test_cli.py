@@ -469,3 +469,23 @@ def test_check_remarks_on_what_is_hardly_meant_beside_the_configuration(tmp_path
     assert result.exit_code == 0
     assert result.stderr.startswith("remark: performance.memory_limit_gb: leaves 0.125 GiB")
     assert "memory_limit_gb: 0.5" in result.stdout
+
+
+def test_check_remarks_on_what_is_wrong_with_files_that_list_endpoints(tmp_path: Path) -> None:
+    path, good, bad = (tmp_path / name for name in ("gateway.yaml", "good.json", "bad.json"))
+    good.write_text('[{"url": "http://127.0.0.1:1"}]')
+    bad.write_text('[{"url": "http://127.0.0.1:1", "weigth": 2}]')
+    models = {
+        name: {"endpoints_file": str(file)}
+        for name, file in (("a", good), ("b", bad), ("c", tmp_path / "none.json"))
+    }
+    path.write_text(json.dumps({"models": models}))
+
+    result = run("check", "-c", str(path))
+
+    assert result.exit_code == 0
+    wrong, missing = result.stderr.splitlines()
+    assert wrong.startswith(f"remark: models.b.endpoints_file: {bad}: ")
+    assert "weigth" in wrong
+    assert missing.startswith("remark: models.c.endpoints_file: ")
+    assert "cannot be read" in missing

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import attrs
 import orjson
 
-from citadel_gateway.config.loader import ConfigError, load_yaml, with_lines
+from citadel_gateway.config.loader import ConfigError, load_yaml, read_text, with_lines
 from citadel_gateway.config.problems import InvalidConfig, Problem
 from citadel_gateway.config.rules import endpoint_problems
 from citadel_gateway.config.schema import EndpointConfig, ModelConfig
@@ -51,6 +51,13 @@ def load_endpoints(
         return parse_endpoints(raw, model, environ)
     except InvalidConfig as exc:
         raise ConfigError(source, with_lines(exc.problems, text)) from exc
+
+
+def read_endpoints(
+    path: str, model: ModelConfig, environ: Mapping[str, str]
+) -> tuple[EndpointConfig, ...]:
+    """The same from the file at *path*.  Raises :class:`ConfigError`."""
+    return load_endpoints(read_text(path), source=path, model=model, environ=environ)
 
 
 def _load(source: str, text: str) -> object:

@@ -13,8 +13,8 @@ from typing import NoReturn, TypeAlias, TypeVar
 import attrs
 import trio
 
-from citadel_gateway.config.endpoint_list import load_endpoints
-from citadel_gateway.config.loader import ConfigError, read_text
+from citadel_gateway.config.endpoint_list import read_endpoints
+from citadel_gateway.config.loader import ConfigError
 from citadel_gateway.config.schema import EndpointConfig, ModelConfig
 from citadel_gateway.io.config_file import Stamp, stamp_of
 from citadel_gateway.io.ticks import sleep_until_tick
@@ -56,8 +56,7 @@ class _File:
     def read(self) -> tuple[EndpointConfig, ...]:
         """Raises ``ConfigError``."""
         self.loaded = stamp_of(self.path)  # before it is read: what is written then is a change
-        text = read_text(self.path)
-        return load_endpoints(text, source=self.path, model=self.model, environ=os.environ)
+        return read_endpoints(self.path, self.model, os.environ)
 
 
 @attrs.define(eq=False)
