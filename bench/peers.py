@@ -117,7 +117,7 @@ def launch_citadel(program: str, place: Place) -> Launch:
 
 NGINX = """\
 daemon off;
-worker_processes 1;
+worker_processes {workers};
 worker_rlimit_nofile {descriptors};
 pid {folder}/nginx.pid;
 error_log /dev/null;
@@ -148,10 +148,11 @@ http {{
 """
 
 
-def launch_nginx(program: str, place: Place) -> Launch:
+def launch_nginx(program: str, place: Place, workers: int = 1) -> Launch:
     config = NGINX.format(
-        folder=place.folder, port=place.port, engine=place.engine, descriptors=16384
-    )
+        folder=place.folder, port=place.port, engine=place.engine, descriptors=16384,
+        workers=workers,
+    )  # fmt: skip
     file = place.write("nginx.conf", config)
     return Launch(command=(program, "-p", str(place.folder), "-c", file), config=config)
 

@@ -7,16 +7,18 @@ at once, however many there are.
 
 With ``--apart``, so many gateways of one worker each carry the same load, from the same engine and
 driver, and share nothing: what they cost more than one is the machine's, and what workers cost more
-than they do is the price of being one.
+than they do is the price of being one.  With ``--nginx``, nginx does the same with as many workers.
 
 All run at the same time and are loaded in turns of seconds.  A machine that gets busier is busier
-for all of a round, so each is compared to the first of the same round; medians.
+for all of a round, so each is compared to the same program's first in the same round; medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from typing import Any
 
 import attrs
 
-from bench.peers import KEY, Place, citadel_config
+from bench.peers import KEY, Place, citadel_config, first_answer, launch_nginx
 from bench.processes import free_ports, resident_mb, running, wait_until_quiet
 
 
@@ -70,10 +72,13 @@ def _drive(gateways: Sequence[tuple[int, int]], *arguments: str) -> dict[str, An
 
 
 def _scrape(port: int) -> float:
-    began = time.perf_counter()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        answer.read()
-    return (time.perf_counter() - began) * 1e3
+    def once() -> float:
+        began = time.perf_counter()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            answer.read()
+        return (time.perf_counter() - began) * 1e3
+
+    return statistics.median(once() for _ in range(5))
 
 
 @attrs.frozen
@@ -81,7 +86,8 @@ class Shape:
     """So many workers in each of so many gateways."""
 
     workers: int
-    gateways: int
+    gateways: int = 1
+    program: str = "citadel"
 
 
 @attrs.define(eq=False)
@@ -89,7 +95,7 @@ class Contestant:
     """The gateways of one shape, each a port and a process, and what they took in each round."""
 
     places: list[tuple[int, int]]
-    metrics_port: int
+    metrics_port: int | None
     times: int  # the load
     idle: float  # MB
     turns: list[Turn] = attrs.field(factory=list)
@@ -106,7 +112,7 @@ class Contestant:
         return Turn(
             request=whole["cpu_s"] / whole["requests"] * 1e6,
             chunk=window["cpu_s"] / window["chunks"] * 1e6,
-            scrape=statistics.median(_scrape(self.metrics_port) for _ in range(5)),
+            scrape=_scrape(self.metrics_port) if self.metrics_port else math.nan,
             failed=whole["failed"] + flow["failed"],
         )
 
@@ -122,24 +128,35 @@ class Contestant:
         return [getattr(turn, what) for turn in self.turns]
 
 
-def _contestant(stack: ExitStack, shape: Shape, engine: int, times: int) -> Contestant:
-    started = [_start(stack, shape.workers, engine) for _ in range(shape.gateways)]
+def _contestant(
+    stack: ExitStack, shape: Shape, engine: int, ports: list[int], times: int
+) -> Contestant:
+    """Takes its own of *ports*."""
+    started = [
+        _start(stack, shape, engine, ports.pop(), ports.pop()) for _ in range(shape.gateways)
+    ]
     return Contestant(
         places=[(place.port, pid) for place, pid in started],
-        metrics_port=started[0][0].metrics_port,
+        metrics_port=started[0][0].metrics_port if shape.program == "citadel" else None,
         times=times,
         idle=sum(resident_mb(pid) for _, pid in started),
     )
 
 
-def _start(stack: ExitStack, workers: int, engine: int) -> tuple[Place, int]:
-    port, metrics = free_ports(2)
+def _start(
+    stack: ExitStack, shape: Shape, engine: int, port: int, metrics: int
+) -> tuple[Place, int]:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     place = Place(folder=Path(folder), port=port, metrics_port=metrics, engine=engine)
-    file = place.write("gateway.yaml", citadel_config(place, workers=workers))
+    if shape.program == "nginx":
+        command = launch_nginx(shutil.which("nginx") or "nginx", place, shape.workers).command
+        process = stack.enter_context(running(command))
+        first_answer(port, process)
+        return place, process.pid
+    file = place.write("gateway.yaml", citadel_config(place, workers=shape.workers))
     command = (sys.executable, "-m", "citadel_gateway", "serve", "--config", file)
     process = stack.enter_context(running(command))
-    _wait_for(port, workers)
+    _wait_for(port, shape.workers)
     wait_until_quiet(process.pid)
     return place, process.pid
 
@@ -153,13 +170,18 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--each", action="store_true", help="as many for each worker, not in all")
     parser.add_argument("--apart", type=int, nargs="*", default=[], help="so many gateways, too")
+    parser.add_argument("--nginx", action="store_true", help="nginx with as many workers, too")
     asked = parser.parse_args()
-    shapes = [Shape(count, 1) for count in asked.workers] + [Shape(1, n) for n in asked.apart]
+    shapes = [Shape(count) for count in asked.workers] + [Shape(1, count) for count in asked.apart]
+    if asked.nginx:
+        shapes += [Shape(count, program="nginx") for count in asked.workers]
     with ExitStack() as stack:
-        (engine,) = free_ports(1)
+        engine, *ports = free_ports(1 + 2 * sum(each.gateways for each in shapes))
         stack.enter_context(running((sys.executable, "-m", "bench.engine", "--port", str(engine))))
         contestants = [
-            _contestant(stack, each, engine, each.workers * each.gateways if asked.each else 1)
+            _contestant(
+                stack, each, engine, ports, each.workers * each.gateways if asked.each else 1
+            )
             for each in shapes
         ]
         for each in contestants:  # a round that does not count: all have seen every kind of load
@@ -167,17 +189,17 @@ def main() -> int:
         for _ in range(asked.rounds):
             for each in contestants:
                 each.turns.append(each.take_turn(asked))
-    print("| Workers | Gateways | us/request | | us/chunk | | Idle, MB | Scrape, ms | Failed |")
-    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-    first = contestants[0]
+    print("| | Workers | Gateways | us/request | | us/chunk | | Idle, MB | Scrape, ms | Failed |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for shape, each in zip(shapes, contestants, strict=True):
+        first = contestants[next(i for i, s in enumerate(shapes) if s.program == shape.program)]
         cpu = " | ".join(
             f"{each.median(what):.1f} | {each.times_of(first, what):.2f}"
             for what in ("request", "chunk")
         )
         failed = sum(turn.failed for turn in each.turns)
         print(
-            f"| {shape.workers} | {shape.gateways} | {cpu} "
+            f"| {shape.program} | {shape.workers} | {shape.gateways} | {cpu} "
             f"| {each.idle:.1f} | {each.median('scrape'):.1f} | {failed} |"
         )
     return 0
