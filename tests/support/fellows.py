@@ -40,13 +40,23 @@ class Fellows:
     def __getitem__(self, place: int) -> World:
         return self.worlds[place]
 
-    async def join(self, host: str | None = None) -> World:
-        """One more, on *host* if that matters."""
+    async def join(
+        self,
+        host: str | None = None,
+        restored: Iterable[tuple[str, str]] = (),
+        *,
+        is_out: bool = False,
+    ) -> World:
+        """One more, on *host* if that matters.
+
+        :param restored: what its supervisor has it cordon, by model and URL.
+        :param is_out: for it, the store cannot be asked.
+        """
 
         async def connect(origin: Origin) -> anyio.abc.ByteStream:
             return await self.net.connect(origin.host, origin.port)
 
-        store, log = MemoryStore(self.memory), CapturedLog()
+        store, log = MemoryStore(self.memory, is_out=is_out), CapturedLog()
         service = UnifiedAPIGatewayService(
             parse(dict(self.config), source="test"),
             connect=connect,
@@ -56,6 +66,7 @@ class Fellows:
         )
         if host is not None and service.peers is not None:
             service.peers.findings.host = host
+        service.operations.restore(restored)
         await self.opened.enter_async_context(service.open())
         world = World(service, self.net, log, self.engines, self.connections)
         self.stores.append(store)

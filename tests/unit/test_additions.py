@@ -59,13 +59,15 @@ async def test_a_removed_endpoint_finishes_what_it_has_and_who_removes_it_can_wa
             for name in ("a", "b"):
                 await order(world, "uncordon", name)
             hurried = await order(world, "remove", "c", within=2)
+            patient = await order(world, "remove", "c")
             gone = await order(world, "remove", "c")
-            return hurried.json(), gone.status
+            return hurried.json(), patient.json(), gone.status
 
-        answer, (hurried, gone) = await gather(partial(ask, world), remove)
+        answer, (hurried, patient, gone) = await gather(partial(ask, world), remove)
         elsewhere = await hosts(world, 4)
 
     assert (hurried["drained"], hurried["endpoints"][0]["in_flight"]) == (False, 1)
+    assert (patient["drained"], patient["endpoints"][0]["in_flight"]) == (True, 0)
     assert (gone, answer.status, {*elsewhere}) == (404, 200, {"a", "b"})
 
 

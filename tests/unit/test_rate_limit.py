@@ -89,13 +89,13 @@ def test_what_is_never_going_to_fit_waits_for_ever() -> None:
 
 def test_remaining_and_reset_tell_what_the_bucket_holds() -> None:
     bucket = TokenBucket(rate=2.0, burst=4.0)
-    told = [(bucket.remaining(0.0), bucket.allowance(0.0).reset)]
+    told = [(bucket.allowance(0.0).remaining, bucket.allowance(0.0).reset)]
     for _ in range(4):
         bucket.spend(0.0)
-        told.append((bucket.remaining(0.0), bucket.allowance(0.0).reset))
+        told.append((bucket.allowance(0.0).remaining, bucket.allowance(0.0).reset))
 
     assert told == [(4, 0.0), (3, 0.5), (2, 1.0), (1, 1.5), (0, 2.0)]
-    assert [bucket.remaining(t) for t in (0.4, 0.5, 1.9, 2.0, 9.0)] == [0, 1, 3, 4, 4]
+    assert [bucket.allowance(t).remaining for t in (0.4, 0.5, 1.9, 2.0, 9.0)] == [0, 1, 3, 4, 4]
     assert (bucket.is_full(1.9), bucket.is_full(2.0)) == (False, True)
 
 
@@ -111,7 +111,7 @@ def test_remaining_is_how_many_fit_now(rate: float, burst: int, pauses: list[flo
         now += pause
         admitted(bucket, [now])
 
-    promised = bucket.remaining(now)
+    promised = bucket.allowance(now).remaining
 
     assert admitted(bucket, [now] * (burst + 1)) == promised
 
@@ -122,7 +122,7 @@ def test_who_is_refused_by_one_limit_pays_no_other() -> None:
 
     assert take(limits, 0.0) == Allowance(limit=1, remaining=0, reset=1.0)
     assert take(limits, 0.25) == Refusal("key", 0.75, Allowance(1, 0, 0.75))
-    assert wide.remaining(0.25) == 9
+    assert wide.allowance(0.25).remaining == 9
 
 
 def test_a_refusal_names_the_limit_that_lasts_longest() -> None:
@@ -171,8 +171,8 @@ def test_who_was_seen_last_is_remembered_when_strangers_come() -> None:
     for name in ("a", "b", "c", "a", "d"):
         clients.of(name, 0.0).spend(0.0)
 
-    assert clients.of("a", 1.0).remaining(1.0) == 0
-    assert clients.of("b", 1.0).remaining(1.0) == 1, "the least recent one was forgotten"
+    assert clients.of("a", 1.0).allowance(1.0).remaining == 0
+    assert clients.of("b", 1.0).allowance(1.0).remaining == 1, "the least recent one was forgotten"
 
 
 def test_buckets_that_filled_up_make_room_by_themselves() -> None:

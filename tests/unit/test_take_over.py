@@ -35,8 +35,8 @@ def test_a_bucket_holds_what_the_one_before_did(rate: float, burst: float, left:
 
     bucket.take_over(spent(2, 10, cost=6), 100.0)
 
-    assert bucket.remaining(100.0) == left
-    assert bucket.remaining(100.0 + (burst - left) / rate) == burst
+    assert bucket.allowance(100.0).remaining == left
+    assert bucket.allowance(100.0 + (burst - left) / rate).remaining == burst
 
 
 def test_a_full_bucket_stays_full() -> None:
@@ -54,8 +54,8 @@ def test_each_client_keeps_its_own_level() -> None:
     after.take_over(before, 100.0)
 
     assert len(after) == 1
-    assert after.of("busy", 100.0).remaining(100.0) == 1
-    assert after.of("idle", 100.0).remaining(100.0) == 5
+    assert after.of("busy", 100.0).allowance(100.0).remaining == 1
+    assert after.of("idle", 100.0).allowance(100.0).remaining == 5
 
 
 def test_a_breaker_goes_by_new_numbers_and_forgets_nothing() -> None:

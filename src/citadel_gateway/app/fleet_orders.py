@@ -1,8 +1,9 @@
 """An operator's orders to one gateway, known to all that share its store.
 
 What is told is how things are to be: for a model and a URL, whether it is cordoned, and what was
-added.  So it does not matter in which order it is heard, or how often, and a gateway that comes
-later hears it, too.  Of two orders about the same the later one counts.
+added.  So it does not matter how often it is heard, and a gateway that comes later hears it, too.
+Of two orders about the same the one with the later stamp counts; who hears of the earlier one
+afterwards says the later one again, so that it is the last thing that the store knows.
 
 An address that means a server of its own on every host, such as 127.0.0.1, is told to the gateways
 of the same host only.
@@ -10,19 +11,21 @@ of the same host only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import attrs
 import orjson
 
-from citadel_gateway.app.operations import Operations
+from citadel_gateway.app.operations import ADDED, CORDON, Name, Operations
 from citadel_gateway.io.store.membership import Membership
+from citadel_gateway.policy.stamps import Stamps
 
-_CORDON, _ADDED = "cordon", "added"
 
-Name: TypeAlias = "tuple[str, str]"
-"""A model and a URL."""
+@attrs.frozen
+class _Post:
+    stamp: int
+    text: str
 
 
 @attrs.define(eq=False)
@@ -35,50 +38,73 @@ class FleetOrders:
     membership: Membership
     operations: Operations
     host_of: Callable[[str], str | None]
-    _cordons: set[Name] = attrs.field(factory=set, init=False)
-    _added: dict[Name, Mapping[str, Any]] = attrs.field(factory=dict, init=False)
+    _known: dict[str, _Post] = attrs.field(factory=dict, init=False)
+    _stamps: Stamps = attrs.field(factory=Stamps, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.membership.readers.append(self._hear)
         self.operations.on_change = self._tell
 
-    def _tell(self) -> None:
-        """Let the others know what is otherwise than they know it."""
-        cordons, added = self._ordered()
-        for name in sorted(cordons ^ self._cordons):
-            self._post(_CORDON, name, name in cordons)
-        for name in sorted(added.keys() | self._added.keys()):
-            if added.get(name) != self._added.get(name):
-                self._post(_ADDED, name, added.get(name))
-        self._cordons, self._added = cordons, added
+    def tell_restored(self) -> None:
+        """Say what was restored and nobody knows: all who did have gone.
 
-    def _post(self, kind: str, name: Name, how: Any) -> None:
-        model, url = name
-        host = self.host_of(url)
-        said = {"model": model, "url": url, "host": host, "is": how}
-        where = "" if host is None else f" on {host}"
-        self.membership.post(f"{kind} {model} {url}{where}", orjson.dumps(said).decode())
+        For after the first meeting.
+        """
+        if not self.membership.is_good():
+            return
+        cordons, added = self.operations.cordoned(), self._added()
+        for kind, names in ((CORDON, cordons), (ADDED, added)):
+            self._tell(kind, [name for name in names if self._post(kind, name) not in self._known])
+
+    def _tell(self, kind: str, names: Iterable[Name]) -> None:
+        """An order was carried out here, about *names*."""
+        cordons, added = {*self.operations.cordoned()}, self._added()
+        for name in sorted(names):
+            stamp = self._stamps.make(self.membership.name, self.membership.now())
+            said = {
+                "model": name[0],
+                "url": name[1],
+                "host": self.host_of(name[1]),
+                "is": name in cordons if kind == CORDON else added.get(name),
+                "stamp": stamp,
+            }
+            post, text = self._post(kind, name), orjson.dumps(said).decode()
+            self._known[post] = _Post(stamp, text)
+            self.membership.post(post, text)
+
+    def _added(self) -> dict[Name, Mapping[str, Any]]:
+        return {(model, url): options for model, url, options in self.operations.added()}
+
+    def _post(self, kind: str, name: Name) -> str:
+        (model, url), host = name, self.host_of(name[1])
+        return f"{kind} {model} {url}" + ("" if host is None else f" on {host}")
 
     def _hear(self, posts: Mapping[str, str]) -> None:
         cordons: dict[Name, bool] = {}
         added: dict[Name, Mapping[str, Any] | None] = {}
         for post, text in posts.items():
             kind = post.partition(" ")[0]
-            if kind not in {_CORDON, _ADDED}:
+            if kind not in {CORDON, ADDED}:
                 continue
-            self.membership.keep(post, text)
             said = orjson.loads(text)
-            if said["host"] != self.host_of(said["url"]):
+            if not self._is_news(post, _Post(said["stamp"], text)):
                 continue
             name = said["model"], said["url"]
-            if kind == _CORDON:
+            if said["host"] != self.host_of(said["url"]):
+                continue
+            if kind == CORDON:
                 cordons[name] = said["is"]
             else:
                 added[name] = said["is"]
         if cordons or added:
             self.operations.take_over(cordons, added)
-            self._cordons, self._added = self._ordered()
 
-    def _ordered(self) -> tuple[set[Name], dict[Name, Mapping[str, Any]]]:
-        added = {(model, url): options for model, url, options in self.operations.added()}
-        return {*self.operations.cordoned()}, added
+    def _is_news(self, name: str, heard: _Post) -> bool:
+        self._stamps.see(heard.stamp)
+        known = self._known.get(name)
+        if known is not None and known.stamp > heard.stamp:
+            self.membership.post(name, known.text)
+            return False
+        self.membership.keep(name, heard.text)
+        self._known[name] = heard
+        return known is None or known.stamp < heard.stamp

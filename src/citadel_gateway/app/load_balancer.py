@@ -184,6 +184,7 @@ class LoadBalancer:
                 model.upstreams = self.models[name].upstreams
             else:
                 model.end()
+        self.cordons.follow({}, kept, now)  # of what was ordered since this one was made
         for endpoint in kept:
             endpoint.eased()  # there may be more room
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import trio
@@ -21,6 +21,12 @@ from citadel_gateway.policy.endpoint import Endpoint
 
 LONGEST_DRAIN = 3600.0
 DRAIN = 30.0  # seconds, unless the operator says otherwise
+
+CORDON, ADDED = "cordon", "added"
+"""What an order may change: whether an endpoint is out of service, and what there is by order."""
+
+Name: TypeAlias = "tuple[str, str]"
+"""A model and a URL."""
 
 
 @attrs.frozen
@@ -90,14 +96,16 @@ class Operations:
     :param pump: calls requests in the queue for which things may have changed.
     :param follow: lets the fleet be as is known now.
     :param on_order: told what was done to which endpoint, for the log.
-    :param on_change: told that something is otherwise than before, by order.
+    :param on_change: told what was ordered, :data:`CORDON` or :data:`ADDED`, and of whom.
     """
 
     balancer: Callable[[], LoadBalancer]
     pump: Callable[[], None]
     follow: Callable[[], None]
     on_order: Callable[[str, Endpoint], None]
-    on_change: Callable[[], None] = attrs.field(default=lambda: None, init=False)
+    on_change: Callable[[str, Iterable[Name]], None] = attrs.field(
+        default=lambda _what, _names: None, init=False
+    )
 
     async def carry_out(self, what: str, order: Order) -> dict[str, Any]:
         """Raises ``GatewayError`` 400 or 404.
@@ -109,18 +117,20 @@ class Operations:
                 return await self.drain(order)
             case "remove":
                 return await self.remove(order)
-        return self.carry_out_now(what, order)
-
-    def carry_out_now(self, what: str, order: Order) -> dict[str, Any]:
-        """The same, and a removal waits for nothing; nobody drains like that."""
-        match what:
             case "cordon":
                 return self.cordon(order)
             case "uncordon":
                 return self.uncordon(order)
-            case "add":
-                return self.add(order)
-        return self._report(self._remove(order))
+        return self.add(order)
+
+    def catch_up(self, what: str, order: Order) -> None:
+        """Do as was ordered before this process could hear of it; all others know it already."""
+        name = (order.model or "", order.url)
+        match what:
+            case "cordon" | "uncordon":
+                self.take_over({name: what == "cordon"}, {})
+            case "add" | "remove":
+                self.take_over({}, {name: order.options if what == "add" else None})
 
     def cordon(self, order: Order) -> dict[str, Any]:
         """Nothing new for the endpoint; requests that it has go on, and so do its probes."""
@@ -128,8 +138,11 @@ class Operations:
 
     def uncordon(self, order: Order) -> dict[str, Any]:
         endpoints = self._find(order)
-        self.balancer().cordons.uncordon(endpoints, self._all(), trio.current_time())
+        cordons, before = self.balancer().cordons, {*self.balancer().cordons.names}
+        cordons.uncordon(endpoints, self._all(), trio.current_time())
         self._tell("uncordoned", endpoints)
+        ordered = {(endpoint.model, order.url) for endpoint in endpoints}
+        self.on_change(CORDON, ordered | (before ^ cordons.names))
         return self._report(endpoints)
 
     async def drain(self, order: Order) -> dict[str, Any]:
@@ -149,6 +162,7 @@ class Operations:
         self.follow()
         found = [e for e in self._serving() if is_called(e, order.url) and e.model == model.id]
         self._tell("added", found)
+        self.on_change(ADDED, [(model.id, order.url)])
         return self._report(found)
 
     async def remove(self, order: Order) -> dict[str, Any]:
@@ -173,8 +187,8 @@ class Operations:
 
     def take_over(
         self,
-        cordons: Mapping[tuple[str, str], bool],
-        added: Mapping[tuple[str, str], Mapping[str, Any] | None],
+        cordons: Mapping[Name, bool],
+        added: Mapping[Name, Mapping[str, Any] | None],
     ) -> None:
         """Do as operators have ordered elsewhere.
 
@@ -240,12 +254,15 @@ class Operations:
         return model
 
     def _added(self, order: Order) -> list[str]:
-        """The models to which it was added.  Raises ``GatewayError``."""
+        """The models to which it was added; none if another order has just removed it.
+
+        Raises ``GatewayError``.
+        """
         balancer = self.balancer()
         model = order.model and getattr(balancer.resolve(order.model), "id", order.model)
         models = balancer.discovery.additions.models_with(order.url)
         found = [each for each in models if model in {None, each}]
-        if not found:
+        if not found and not self._going(order):
             if not any(is_called(endpoint, order.url) for endpoint in self._serving()):
                 raise unknown_endpoint(order.url, sorted(e.url for e in self._serving()), model)
             raise invalid_request(
@@ -256,8 +273,13 @@ class Operations:
         return found
 
     def _remove(self, order: Order) -> list[Endpoint]:
-        """Those that get nothing from now on.  Raises ``GatewayError``."""
+        """Those that get nothing from now on, or get nothing any more and have requests still.
+
+        Raises ``GatewayError``.
+        """
         models = self._added(order)
+        if not models:
+            return self._going(order)
         before = [e for e in self._serving() if is_called(e, order.url) and e.model in models]
         for model in models:
             self.balancer().discovery.additions.drop(model, order.url)
@@ -265,7 +287,12 @@ class Operations:
         serving = {*self._serving()}
         gone = [endpoint for endpoint in before if endpoint not in serving]
         self._tell("removed", gone)
+        self.on_change(ADDED, [(model, order.url) for model in models])
         return gone
+
+    def _going(self, order: Order) -> list[Endpoint]:
+        leaving = [u.endpoint for u in self.balancer().leaving]
+        return [e for e in leaving if is_called(e, order.url) and order.model in {None, e.model}]
 
     def _serving(self) -> list[Endpoint]:
         return [u.endpoint for u in self.balancer().upstreams]
@@ -274,6 +301,7 @@ class Operations:
         endpoints = self._find(order)
         self.balancer().cordons.cordon(order.url, endpoints)
         self._tell("cordoned", endpoints)
+        self.on_change(CORDON, {(endpoint.model, order.url) for endpoint in endpoints})
         return endpoints
 
     def _tell(self, what: str, endpoints: list[Endpoint]) -> None:
@@ -281,7 +309,6 @@ class Operations:
             self.on_order(what, endpoint)
         self.follow()  # others may stand in for them
         self.pump()
-        self.on_change()
 
     def _all(self) -> list[Endpoint]:
         return [u.endpoint for u in (*self.balancer().upstreams, *self.balancer().leaving)]

@@ -46,6 +46,7 @@ class Peers:
     findings: Findings = attrs.field(init=False)
     presence: Presence = attrs.field(init=False)
     caps: Caps = attrs.field(init=False)
+    orders: FleetOrders = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.findings = Findings(
@@ -75,7 +76,7 @@ class Peers:
 
     def share_orders(self, operations: Operations) -> None:
         """What operators want here counts for all, and the other way round."""
-        FleetOrders(self.membership, operations, host_of=self.findings.host_of)
+        self.orders = FleetOrders(self.membership, operations, host_of=self.findings.host_of)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[Any]]]:
         """What is to run for as long as the gateway is open, besides the store itself."""

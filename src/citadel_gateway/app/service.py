@@ -326,6 +326,7 @@ class UnifiedAPIGatewayService:
                 await self._succession.catalogue.look()
             await self.watch.look_once(FIRST_ROUND)
             if self.peers is not None:
+                self.peers.orders.tell_restored()
                 await self.peers.caps.begun.wait()
             try:
                 await self._succession.begin(background)

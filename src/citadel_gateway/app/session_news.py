@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
-from zlib import crc32
 
 import attrs
 import orjson
@@ -18,10 +17,10 @@ import trio
 from citadel_gateway.io.store.membership import Membership
 from citadel_gateway.policy.endpoint import Endpoint
 from citadel_gateway.policy.sessions import Sessions
+from citadel_gateway.policy.stamps import Stamps
 
 _PORTION = 512  # sessions told in one meeting
 _STAYS = 5.0  # seconds in which every member meets the others, or is taken for dead
-_MEMBER = 16  # bits of a stamp that say who decided, so that no two are the same
 
 _News: TypeAlias = "tuple[str, int, int]"
 """The name of an endpoint, a session's key, and a stamp."""
@@ -40,7 +39,7 @@ class SessionNews:
     endpoints: Callable[[], Iterable[Endpoint]]
     name: Callable[[Endpoint], str]
     _said: deque[tuple[float, _News]] = attrs.field(factory=deque, init=False)
-    _latest: int = attrs.field(default=0, init=False)  # time of the latest stamp, in milliseconds
+    _stamps: Stamps = attrs.field(factory=Stamps, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.sessions.is_shared = True
@@ -63,15 +62,13 @@ class SessionNews:
         return orjson.dumps(by_place).decode()
 
     def _stamp(self) -> int:
-        """Later than any that is known, also where clocks differ, or go back."""
-        self._latest = max(int(self.membership.now() * 1000), self._latest + 1)
-        return self._latest << _MEMBER | crc32(self.membership.name.encode()) % (1 << _MEMBER)
+        return self._stamps.make(self.membership.name, self.membership.now())
 
     def _hear(self, said: str) -> None:
         """What is about endpoints that are not known here is told again while it is used."""
         now, known = trio.current_time(), {self.name(e): e for e in self.endpoints()}
         for name, sessions in orjson.loads(said).items():
             for key, stamp in sessions:
-                self._latest = max(self._latest, stamp >> _MEMBER)
+                self._stamps.see(stamp)
                 if (place := known.get(name)) is not None:
                     self.sessions.hear(key, place, stamp, now)

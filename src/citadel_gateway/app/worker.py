@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -158,8 +157,9 @@ class Worker:
             case Said.CUT:
                 self.service.give_up()
             case Said.ORDER:
-                with suppress(GatewayError):  # the endpoint has gone meanwhile
-                    self.service.operations.carry_out_now(body["what"], Order(**body["order"]))
+                peers = self.service.peers
+                if peers is None or not peers.membership.is_good():  # else it has been heard there
+                    self.service.operations.catch_up(body["what"], Order(**body["order"]))
 
     async def _answer(self, what: str, body: Any) -> Any:
         match what:

@@ -39,7 +39,9 @@ class Cordons:
         for endpoint in endpoints:
             self.names.difference_update(_names_of(endpoint))
             endpoint.uncordon(now)
-        self.names.update((other.model, other.url) for other in others if other.cordoned)
+        for other in others:
+            if other.cordoned and self.names.isdisjoint(_names_of(other)):
+                self.names.add((other.model, other.url))
 
     def follow(
         self, said: Mapping[tuple[str, str], bool], endpoints: Iterable[Endpoint], now: float

@@ -60,20 +60,15 @@ class TokenBucket:
         tat = self.tat = (max(now, tat)) + cost * self._step
         return (tat - now) / self._depth
 
-    def remaining(self, now: float) -> int:
-        """Whole units that would fit now."""
+    def allowance(self, now: float) -> Allowance:
+        """What there is to tell about it: of whole units, those that would fit now."""
         tat, whole = self._unleased(), self._whole
         if tat <= now:
-            return whole
+            return Allowance(whole, whole, 0.0)
         filled = int(self.burst - (tat - now - _NOW) * self.rate)
         if filled >= whole:
-            return whole
-        return max(0, filled)
-
-    def allowance(self, now: float) -> Allowance:
-        """What there is to tell about it."""
-        tat = self._unleased()
-        return Allowance(self._whole, self.remaining(now), tat - now if tat > now else 0.0)
+            filled = whole
+        return Allowance(whole, max(0, filled), tat - now)
 
     def spent(self, now: float) -> float:
         """How much of the whole bucket is spent, from 0 to 1; below 0 if it is more than full."""
@@ -157,9 +152,13 @@ def take(
 
 def tightest(buckets: Sequence[tuple[str, TokenBucket]], now: float) -> Allowance:
     """What the bucket says of which most is spent."""
-    if len(buckets) == 1:
-        return buckets[0][1].allowance(now)
-    return max((bucket for _, bucket in buckets), key=lambda b: b.spent(now)).allowance(now)
+    found = buckets[0][1]
+    if len(buckets) > 1:
+        most = found.spent(now)
+        for _, bucket in buckets[1:]:
+            if (spent := bucket.spent(now)) > most:
+                most, found = spent, bucket
+    return found.allowance(now)
 
 
 def take_share(
