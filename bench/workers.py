@@ -9,6 +9,9 @@ With ``--apart``, so many gateways of one worker each carry the same load, from 
 driver, and share nothing: what they cost more than one is the machine's, and what workers cost more
 than they do is the price of being one.  With ``--nginx``, nginx does the same with as many workers.
 
+Where Linux groups processes by session (`kernel.sched_autogroup_enabled`), four gateways get four
+times the time of one with four workers, and are less often interrupted: switch that off.
+
 All run at the same time and are loaded in turns of seconds.  A machine that gets busier is busier
 for all of a round, so each is compared to the same program's first in the same round; medians.
 """
@@ -161,6 +164,11 @@ def _start(
     return place, process.pid
 
 
+def _are_sessions_groups() -> bool:
+    file = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    return file.exists() and file.read_text().strip() == "1"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
@@ -173,6 +181,10 @@ def main() -> int:
     parser.add_argument("--nginx", action="store_true", help="nginx with as many workers, too")
     asked = parser.parse_args()
     shapes = [Shape(count) for count in asked.workers] + [Shape(1, count) for count in asked.apart]
+    if asked.apart and _are_sessions_groups():
+        print(
+            "gateways apart get more time: sysctl kernel.sched_autogroup_enabled=0", file=sys.stderr
+        )
     if asked.nginx:
         shapes += [Shape(count, program="nginx") for count in asked.workers]
     with ExitStack() as stack:
