@@ -20,7 +20,7 @@ from tests.support.fellows import fellows
 from tests.support.gateway import World, endpoint, fleet
 from tests.support.memory_store import MemoryStore
 from tests.support.scripted_engine import Script, sleep, whole_chat
-from tests.unit.test_fleet_orders import FORGOTTEN, HEARD, config, cordoned, urls
+from tests.unit.test_fleet_orders import FORGOTTEN, HEARD, config, cordon_and_vanish, cordoned, urls
 from tests.unit.test_operations import bearer, order, with_keys
 
 __all__ = ["config"]
@@ -199,10 +199,7 @@ async def test_what_only_a_supervisor_remembers_is_told_again(
     autojump_clock: MockClock, config: dict[str, Any]
 ) -> None:
     async with fellows(config, 1, ["a", "b"]) as several:
-        await order(several[0], "cordon", "a")
-        await trio.sleep(HEARD)
-        several.stores[0].is_out = True  # as if all workers were dead
-        await trio.sleep(FORGOTTEN)
+        await cordon_and_vanish(several)  # all workers of a host
         await several.join(restored=[("m", endpoint("a"))])
         await trio.sleep(HEARD)
 

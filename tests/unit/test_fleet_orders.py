@@ -30,6 +30,14 @@ def urls(world: World) -> list[str]:
     return sorted(u.endpoint.url for u in world.service.balancer.upstreams)
 
 
+async def cordon_and_vanish(several: Fellows) -> None:
+    """The first cordons, all hear of it, and then it is to others as if it were dead."""
+    await order(several[0], "cordon", "a")
+    await trio.sleep(HEARD)
+    several.stores[0].is_out = True
+    await trio.sleep(FORGOTTEN)
+
+
 async def test_what_is_cordoned_at_one_gateway_is_cordoned_at_all(
     autojump_clock: MockClock, config: dict[str, Any]
 ) -> None:
@@ -111,10 +119,7 @@ async def test_a_gateway_that_comes_after_the_store_was_emptied_is_told_by_those
     autojump_clock: MockClock, config: dict[str, Any]
 ) -> None:
     async with fellows(config, 2, ["a", "b"]) as several:
-        await order(several[0], "cordon", "a")
-        await trio.sleep(HEARD)
-        several.stores[0].is_out = True  # who was ordered can say nothing any more
-        await trio.sleep(FORGOTTEN)
+        await cordon_and_vanish(several)
         several.memory.forget_all()
         await trio.sleep(HEARD)
 
@@ -127,10 +132,7 @@ async def test_orders_end_with_the_last_gateway(
     autojump_clock: MockClock, config: dict[str, Any]
 ) -> None:
     async with fellows(config, 1, ["a", "b"]) as several:
-        await order(several[0], "cordon", "a")
-        await trio.sleep(HEARD)
-        several.stores[0].is_out = True  # to others it is as if it were dead
-        await trio.sleep(FORGOTTEN)
+        await cordon_and_vanish(several)
 
         late = await several.join()
 
@@ -171,10 +173,7 @@ async def test_who_was_away_does_not_bring_back_what_was_ordered_before(
     autojump_clock: MockClock, config: dict[str, Any]
 ) -> None:
     async with fellows(config, 3, ["a", "b"]) as several:
-        await order(several[0], "cordon", "a")
-        await trio.sleep(HEARD)
-        several.stores[0].is_out = True
-        await trio.sleep(FORGOTTEN)
+        await cordon_and_vanish(several)
         await order(several[1], "uncordon", "a")
         await trio.sleep(HEARD)
         several.stores[0].is_out = False

@@ -206,12 +206,12 @@ class Findings:
 
     def name(self, endpoint: Endpoint) -> str:
         """The same for every gateway for which it is the same server."""
-        name, host = f"{endpoint.model} {endpoint.url}", self.host_of(endpoint.url)
-        return name if host is None else f"{name} on {host}"
+        return self.name_of(endpoint.model, endpoint.url)
 
-    def host_of(self, url: str) -> str | None:
-        """The host on which alone *url* means what it does here."""
-        return self.host if _is_local(url) else None
+    def name_of(self, model: str, url: str) -> str:
+        """The name of an endpoint that need not be known here."""
+        name = f"{model} {url}"
+        return f"{name} on {self.host}" if _is_local(url) else name
 
     def _to_store(self, time: float, now: float) -> float:
         return time - now + self.membership.now()

@@ -17,8 +17,9 @@ from typing import Any
 import attrs
 import orjson
 
-from citadel_gateway.app.operations import ADDED, CORDON, Name, Operations
+from citadel_gateway.app.operations import ADDED, CORDON, Operations
 from citadel_gateway.io.store.membership import Membership
+from citadel_gateway.policy.cordons import Name
 from citadel_gateway.policy.stamps import Stamps
 
 
@@ -32,12 +33,12 @@ class _Post:
 class FleetOrders:
     """Of one gateway.
 
-    :param host_of: of a URL: where it means something, if that is not everywhere.
+    :param name_of: of a model and a URL, the same for all for whom it means the same.
     """
 
     membership: Membership
     operations: Operations
-    host_of: Callable[[str], str | None]
+    name_of: Callable[[str, str], str]
     _known: dict[str, _Post] = attrs.field(factory=dict, init=False)
     _stamps: Stamps = attrs.field(factory=Stamps, init=False)
 
@@ -64,7 +65,6 @@ class FleetOrders:
             said = {
                 "model": name[0],
                 "url": name[1],
-                "host": self.host_of(name[1]),
                 "is": name in cordons if kind == CORDON else added.get(name),
                 "stamp": stamp,
             }
@@ -76,8 +76,7 @@ class FleetOrders:
         return {(model, url): options for model, url, options in self.operations.added()}
 
     def _post(self, kind: str, name: Name) -> str:
-        (model, url), host = name, self.host_of(name[1])
-        return f"{kind} {model} {url}" + ("" if host is None else f" on {host}")
+        return f"{kind} {self.name_of(*name)}"
 
     def _hear(self, posts: Mapping[str, str]) -> None:
         cordons: dict[Name, bool] = {}
@@ -90,7 +89,7 @@ class FleetOrders:
             if not self._is_news(post, _Post(said["stamp"], text)):
                 continue
             name = said["model"], said["url"]
-            if said["host"] != self.host_of(said["url"]):
+            if post != self._post(kind, name):  # another host's
                 continue
             if kind == CORDON:
                 cordons[name] = said["is"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import attrs
 import trio
@@ -16,7 +16,7 @@ from citadel_gateway.config.hooks import HOOKS
 from citadel_gateway.config.problems import InvalidConfig
 from citadel_gateway.config.values import Url
 from citadel_gateway.errors import invalid_request, unknown_endpoint, unknown_model
-from citadel_gateway.policy.cordons import is_called
+from citadel_gateway.policy.cordons import Name, is_called
 from citadel_gateway.policy.endpoint import Endpoint
 
 LONGEST_DRAIN = 3600.0
@@ -24,9 +24,6 @@ DRAIN = 30.0  # seconds, unless the operator says otherwise
 
 CORDON, ADDED = "cordon", "added"
 """What an order may change: whether an endpoint is out of service, and what there is by order."""
-
-Name: TypeAlias = "tuple[str, str]"
-"""A model and a URL."""
 
 
 @attrs.frozen
@@ -258,8 +255,7 @@ class Operations:
 
         Raises ``GatewayError``.
         """
-        balancer = self.balancer()
-        model = order.model and getattr(balancer.resolve(order.model), "id", order.model)
+        model, balancer = self._model_id(order), self.balancer()
         models = balancer.discovery.additions.models_with(order.url)
         found = [each for each in models if model in {None, each}]
         if not found and not self._going(order):
@@ -291,8 +287,7 @@ class Operations:
         return gone
 
     def _going(self, order: Order) -> list[Endpoint]:
-        leaving = [u.endpoint for u in self.balancer().leaving]
-        return [e for e in leaving if is_called(e, order.url) and order.model in {None, e.model}]
+        return self._meant(order, [u.endpoint for u in self.balancer().leaving])
 
     def _serving(self) -> list[Endpoint]:
         return [u.endpoint for u in self.balancer().upstreams]
@@ -316,11 +311,18 @@ class Operations:
     def _find(self, order: Order) -> list[Endpoint]:
         """Those that are meant.  Raises ``GatewayError`` 404 if there are none."""
         every = self._all()
-        model = order.model and getattr(self.balancer().resolve(order.model), "id", order.model)
-        found = [e for e in every if is_called(e, order.url) and model in {None, e.model}]
+        found = self._meant(order, every)
         if not found:
             raise unknown_endpoint(order.url, sorted({e.url for e in every}), order.model)
         return found
+
+    def _meant(self, order: Order, endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+        model = self._model_id(order)
+        return [e for e in endpoints if is_called(e, order.url) and model in {None, e.model}]
+
+    def _model_id(self, order: Order) -> str | None:
+        """Of the model that it names, perhaps by an alias."""
+        return order.model and getattr(self.balancer().resolve(order.model), "id", order.model)
 
     def _report(self, endpoints: list[Endpoint]) -> dict[str, Any]:
         return {

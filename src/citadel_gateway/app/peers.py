@@ -76,7 +76,7 @@ class Peers:
 
     def share_orders(self, operations: Operations) -> None:
         """What operators want here counts for all, and the other way round."""
-        self.orders = FleetOrders(self.membership, operations, host_of=self.findings.host_of)
+        self.orders = FleetOrders(self.membership, operations, name_of=self.findings.name_of)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[Any]]]:
         """What is to run for as long as the gateway is open, besides the store itself."""

@@ -7,17 +7,21 @@ a new endpoint, and it must not come back into service by that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import attrs
 
 from citadel_gateway.policy.endpoint import Endpoint
+
+Name: TypeAlias = "tuple[str, str]"
+"""A model and a URL."""
 
 
 @attrs.define
 class Cordons:
     """By model and URL; the URL of a name stands for all its addresses."""
 
-    names: set[tuple[str, str]] = attrs.field(factory=set)
+    names: set[Name] = attrs.field(factory=set)
 
     def apply(self, endpoint: Endpoint) -> None:
         """Cordon an endpoint that is new if somebody has asked for that."""
@@ -44,7 +48,7 @@ class Cordons:
                 self.names.add((other.model, other.url))
 
     def follow(
-        self, said: Mapping[tuple[str, str], bool], endpoints: Iterable[Endpoint], now: float
+        self, said: Mapping[Name, bool], endpoints: Iterable[Endpoint], now: float
     ) -> list[Endpoint]:
         """Know of each name whether it is cordoned; returns of *endpoints* those that change."""
         self.names.update(name for name, is_cordoned in said.items() if is_cordoned)
@@ -66,7 +70,7 @@ def is_called(endpoint: Endpoint, url: str) -> bool:
     return url in {endpoint.url, _configured(endpoint)}
 
 
-def _names_of(endpoint: Endpoint) -> set[tuple[str, str]]:
+def _names_of(endpoint: Endpoint) -> set[Name]:
     return {(endpoint.model, endpoint.url), (endpoint.model, _configured(endpoint))}
 
 
